@@ -1,0 +1,580 @@
+//! The private authority: its root, and the leaves it signs.
+//!
+//! The root is made once and never replaced by us; roots of before that are still trusted lie in `old/`.
+//! What stands in a leaf follows from its role alone, never from the request for it.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
+};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use secrecy::ExposeSecret as _;
+
+use crate::bundle::{BundleError, Pin, TrustBundle, certificates};
+use crate::clock::from_secs;
+use crate::credential::{Credential, CredentialError, Key, KeyError};
+use crate::csr::Csr;
+use crate::identity::{Identity, Name, Role, SERVER_SNI, TrustDomain};
+use crate::store::{self, FileLock, StoreError};
+
+/// Life of a root. Its rotation is a deliberate act, hence long.
+pub const ROOT_LIFE: Duration = days(3650);
+/// Life of an agent's leaf: short, so that little is lost with a key, and revocation lists stay short.
+pub const AGENT_LIFE: Duration = days(1);
+/// Life of a server's leaf.
+pub const SERVER_LIFE: Duration = days(90);
+/// Life of a client's leaf unless asked otherwise, in days: kube-apiserver reads its only at start.
+pub const CLIENT_DAYS: u32 = 365;
+
+/// A leaf is valid from this long before it was signed: the verifier's clock may be behind the issuer's,
+/// and "not valid yet" would refuse a peer for being new. Five minutes is the skew that Kerberos made
+/// hosts keep to; more would lengthen the life of a stolen key for nothing.
+pub const BACKDATE: Duration = Duration::from_secs(300);
+
+/// Last second of the year 9999, the end of time of X.509.
+const END_OF_TIME: u64 = 253_402_300_799;
+
+const fn days(count: u64) -> Duration {
+    Duration::from_secs(count * 86_400)
+}
+
+/// The authority can't be loaded, made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum IssuerError {
+    /// A file can't be read, written or locked.
+    #[error("keep the authority's files")]
+    Store(#[from] StoreError),
+    /// The authority's key is unusable, or randomness failed.
+    #[error("use the authority's key")]
+    Key(#[from] KeyError),
+    /// A root, present or old, is unusable.
+    #[error("read the authority's certificates")]
+    Bundle(#[from] BundleError),
+    /// An old root is no PEM.
+    #[error("{} is not a PEM certificate", path.display())]
+    OldRoot {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: rustls_pki_types::pem::Error,
+    },
+    /// `ca.crt` is there, `ca.key` is not.
+    #[error("the authority's key {} is missing beside its certificate", .0.display())]
+    KeyMissing(PathBuf),
+    /// `ca.key` belongs to another certificate.
+    #[error("the authority's key does not belong to its certificate")]
+    KeyMismatch,
+    /// The root is past its life.
+    #[error("the authority's certificate has expired")]
+    Expired,
+    /// A configured SAN is no DNS name.
+    #[error("{name:?} cannot stand in a certificate as DNS name")]
+    DnsName {
+        /// The name.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: rcgen::Error,
+    },
+    /// A life of no or too many days.
+    #[error("a client certificate lives 1 to 3650 days")]
+    Days,
+    /// Signing failed.
+    #[error("sign a certificate")]
+    Sign(#[from] rcgen::Error),
+    /// What was signed is unusable.
+    #[error("use the signed certificate")]
+    Credential(#[from] CredentialError),
+}
+
+/// Additional names of a server, for those who dial it by them over TLS (CONNECT clients).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServerSans {
+    /// DNS names.
+    pub dns_names: Vec<String>,
+    /// Addresses.
+    pub ip_addresses: Vec<IpAddr>,
+}
+
+/// What a leaf shall say.
+#[derive(Debug, Clone)]
+pub(crate) struct Profile {
+    pub(crate) identity: Identity,
+    pub(crate) not_before: UnixTime,
+    pub(crate) not_after: UnixTime,
+    pub(crate) sans: Vec<SanType>,
+}
+
+/// A signed chain, leaf first; the root is not in it.
+#[derive(Debug, Clone)]
+pub struct IssuedChain {
+    /// Leaf first, DER.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// End of the leaf's life.
+    pub not_after: UnixTime,
+}
+
+/// The authority with its key.
+pub struct Issuer {
+    signer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    trust_domain: TrustDomain,
+    root: TrustBundle,
+    bundle: TrustBundle,
+}
+
+impl Issuer {
+    /// Loads `ca.crt` and `ca.key` of `dir`, or makes them there: an ECDSA P-256 root of ten years.
+    ///
+    /// Two processes that start at once make one root. A root without its key, or with another's, is an
+    /// error and never replaced.
+    ///
+    /// # Errors
+    /// Files can't be read or written, or don't belong together, or the root has expired.
+    pub fn load_or_create(
+        dir: &Path,
+        trust_domain: &TrustDomain,
+        now: UnixTime,
+    ) -> Result<Self, IssuerError> {
+        store::create_dir(dir)?;
+        let _lock = FileLock::hold(&dir.join(".lock"))?;
+        let (root_path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
+        let root = store::read_if_there(&root_path)?;
+        if root.is_some() && store::read_if_there(&key_path)?.is_none() {
+            return Err(IssuerError::KeyMissing(key_path));
+        }
+        // The key comes first: one that a crash left without its certificate is used, not replaced.
+        let key = Key::load_or_create(&key_path)?;
+        let root = if let Some(pem) = root {
+            TrustBundle::from_pem(&pem)?
+        } else {
+            let root = make_root(&key, trust_domain, now)?;
+            root.save(&root_path)?;
+            root
+        };
+        let bundle = old_roots(&dir.join("old"), &root)?;
+        let issuer = Self::new(key, root, bundle, trust_domain.clone())?;
+        if issuer.not_after() <= now {
+            return Err(IssuerError::Expired);
+        }
+        Ok(issuer)
+    }
+
+    /// An authority that is nowhere on disk.
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) fn in_memory(trust_domain: &TrustDomain, now: UnixTime) -> Result<Self, IssuerError> {
+        let key = Key::generate()?;
+        let root = make_root(&key, trust_domain, now)?;
+        Self::new(key, root.clone(), root, trust_domain.clone())
+    }
+
+    /// Signs whatever `params` say.
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) fn sign_plain(
+        &self,
+        params: &CertificateParams,
+        key: &rcgen::KeyPair,
+    ) -> Result<CertificateDer<'static>, IssuerError> {
+        Ok(params.signed_by(key, &self.signer)?.der().clone())
+    }
+
+    fn new(
+        key: Key,
+        root: TrustBundle,
+        bundle: TrustBundle,
+        trust_domain: TrustDomain,
+    ) -> Result<Self, IssuerError> {
+        let [certificate] = root.roots() else { return Err(IssuerError::KeyMismatch) };
+        if root.pins() != [Pin::of_public_key(&key.public_key())] {
+            return Err(IssuerError::KeyMismatch);
+        }
+        let signer = rcgen::Issuer::from_ca_cert_der(certificate, key.into_pair())?;
+        Ok(Self { signer, trust_domain, root, bundle })
+    }
+
+    /// The root that signs, and the old ones that are still trusted.
+    #[must_use]
+    pub const fn bundle(&self) -> &TrustBundle {
+        &self.bundle
+    }
+
+    /// The pin of the root that signs, for new agents.
+    #[must_use]
+    pub fn pin(&self) -> Pin {
+        Pin::of_public_key(&rcgen::PublicKeyData::subject_public_key_info(self.signer.key()))
+    }
+
+    /// When the root that signs expires.
+    #[must_use]
+    pub fn not_after(&self) -> UnixTime {
+        self.root.not_after()
+    }
+
+    /// The realm whose identities it gives.
+    #[must_use]
+    pub const fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// Signs an agent's leaf: 24 h, client authentication.
+    ///
+    /// # Errors
+    /// Signing fails.
+    pub fn sign_agent(
+        &self,
+        name: &Name,
+        csr: &Csr,
+        now: UnixTime,
+    ) -> Result<IssuedChain, IssuerError> {
+        let profile = self.profile(Role::Agent, name, now, AGENT_LIFE);
+        let leaf = self.sign(&profile, csr)?;
+        Ok(IssuedChain { chain: vec![leaf], not_after: profile.not_after })
+    }
+
+    /// Makes a key and a server's leaf for it: 90 days, server and (for peers) client authentication,
+    /// the fixed name of all servers and `sans`.
+    ///
+    /// # Errors
+    /// A name is none, or signing fails.
+    pub fn issue_server(
+        &self,
+        name: &Name,
+        sans: &ServerSans,
+        now: UnixTime,
+    ) -> Result<Credential, IssuerError> {
+        let mut profile = self.profile(Role::Server, name, now, SERVER_LIFE);
+        profile.sans = server_sans(sans)?;
+        self.issue(&profile)
+    }
+
+    /// Makes a key and a client's leaf for it, for `days` (usually [`CLIENT_DAYS`]).
+    ///
+    /// # Errors
+    /// `days` is 0 or more than 3650, or signing fails.
+    pub fn issue_client(
+        &self,
+        name: &Name,
+        days_valid: u32,
+        now: UnixTime,
+    ) -> Result<Credential, IssuerError> {
+        if !(1..=3650).contains(&days_valid) {
+            return Err(IssuerError::Days);
+        }
+        self.issue(&self.profile(Role::Client, name, now, days(days_valid.into())))
+    }
+
+    fn profile(&self, role: Role, name: &Name, now: UnixTime, life: Duration) -> Profile {
+        let end = now.as_secs().saturating_add(life.as_secs());
+        Profile {
+            identity: Identity::new(self.trust_domain.clone(), role, name.clone()),
+            not_before: from_secs(now.as_secs().saturating_sub(BACKDATE.as_secs())),
+            // A leaf that outlives its root would promise what Go's verifier doesn't keep.
+            not_after: from_secs(end.min(self.not_after().as_secs())),
+            sans: Vec::new(),
+        }
+    }
+
+    /// Makes a key and signs a leaf for it.
+    pub(crate) fn issue(&self, profile: &Profile) -> Result<Credential, IssuerError> {
+        let key = Key::generate()?;
+        let leaf = self.sign(profile, &Csr::of_own_key(&key))?;
+        Ok(Credential::new(vec![leaf], &key)?)
+    }
+
+    fn sign(&self, profile: &Profile, csr: &Csr) -> Result<CertificateDer<'static>, IssuerError> {
+        let mut params = params(profile.not_before, profile.not_after)?;
+        let role = profile.identity.role;
+        // X.520 limits a common name to 64 characters; nobody decides anything by it.
+        let name = profile.identity.name.as_str();
+        let common_name = if name.len() <= 64 { name } else { role.as_str() };
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        let uri = profile.identity.to_string().try_into()?;
+        params.subject_alt_names.push(SanType::URI(uri));
+        params.subject_alt_names.extend(profile.sans.iter().cloned());
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = match role {
+            Role::Agent | Role::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Role::Server => {
+                vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
+            }
+        };
+        let public_key = SubjectPublicKeyInfo::from_der(csr.public_key())?;
+        Ok(params.signed_by(&public_key, &self.signer)?.der().clone())
+    }
+}
+
+impl fmt::Debug for Issuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Issuer")
+            .field("trust_domain", &self.trust_domain.as_str())
+            .field("pin", &self.pin())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Writes a credential for a client into `dir`: `NAME.crt`, `NAME.key` and `ca.crt`.
+///
+/// # Errors
+/// A file can't be written.
+pub fn export_client(
+    credential: &Credential,
+    bundle: &TrustBundle,
+    dir: &Path,
+) -> Result<(), StoreError> {
+    store::create_dir(dir)?;
+    let name = &credential.identity().name;
+    let key = credential.key_pem();
+    store::write_atomic(
+        &dir.join(format!("{name}.key")),
+        key.expose_secret().as_bytes(),
+        store::MODE_SECRET,
+    )?;
+    let chain = credential.chain_pem();
+    store::write_atomic(&dir.join(format!("{name}.crt")), chain.as_bytes(), store::MODE_PUBLIC)?;
+    bundle.save(&dir.join("ca.crt"))
+}
+
+/// The fixed name, then what is configured.
+pub(crate) fn server_sans(sans: &ServerSans) -> Result<Vec<SanType>, IssuerError> {
+    let fixed = SERVER_SNI.to_owned();
+    let dns = std::iter::once(&fixed).chain(&sans.dns_names).map(|name| {
+        let san = name.as_str().try_into().map(SanType::DnsName);
+        san.map_err(|source| IssuerError::DnsName { name: name.clone(), source })
+    });
+    let addresses = sans.ip_addresses.iter().map(|address| Ok(SanType::IpAddress(*address)));
+    dns.chain(addresses).collect()
+}
+
+fn make_root(key: &Key, trust_domain: &TrustDomain, now: UnixTime) -> Result<TrustBundle, IssuerError> {
+    let start = from_secs(now.as_secs().saturating_sub(BACKDATE.as_secs()));
+    let end = from_secs(now.as_secs().saturating_add(ROOT_LIFE.as_secs()));
+    let mut params = params(start, end)?;
+    // Part of the pin in the subject tells an old root from a new one, to people and to webpki.
+    let pin = Pin::of_public_key(&key.public_key()).to_string();
+    let mark: String = pin.chars().skip("sha256:".len()).take(8).collect();
+    params.distinguished_name.push(DnType::CommonName, format!("Corvid CA {mark}"));
+    params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let root = params.self_signed(key.pair())?;
+    Ok(TrustBundle::from_der(vec![root.der().clone()])?)
+}
+
+fn params(not_before: UnixTime, not_after: UnixTime) -> Result<CertificateParams, IssuerError> {
+    let date = |time: UnixTime| {
+        rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(time.as_secs().min(END_OF_TIME))
+    };
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.not_before = date(not_before);
+    params.not_after = date(not_after);
+    params.serial_number = Some(serial()?);
+    Ok(params)
+}
+
+/// 126 random bits; positive and of full length (RFC 5280, 4.1.2.2).
+fn serial() -> Result<SerialNumber, IssuerError> {
+    let mut bytes = [0; 16];
+    if aws_lc_rs::rand::fill(&mut bytes).is_err() {
+        return Err(KeyError::Generate(rcgen::Error::RingUnspecified).into());
+    }
+    let [first, ..] = &mut bytes;
+    *first = *first & 0x3f | 0x40;
+    Ok(SerialNumber::from_slice(&bytes))
+}
+
+/// The root and those of `dir/*.crt`.
+fn old_roots(dir: &Path, root: &TrustBundle) -> Result<TrustBundle, IssuerError> {
+    let listing = match std::fs::read_dir(dir) {
+        Ok(listing) => listing,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(root.clone()),
+        Err(source) => return Err(StoreError::Read { path: dir.to_owned(), source }.into()),
+    };
+    let mut paths = Vec::new();
+    for entry in listing {
+        let entry = entry.map_err(|source| StoreError::Read { path: dir.to_owned(), source })?;
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "crt") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let mut roots = root.roots().to_vec();
+    for path in paths {
+        let pem = store::read(&path)?;
+        let old = certificates(&pem).map_err(|source| IssuerError::OldRoot { path, source })?;
+        roots.extend(old);
+    }
+    Ok(TrustBundle::from_der(roots)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::x509::Facts;
+
+    const NOW: UnixTime = from_secs(1_800_000_000);
+
+    fn authority(dir: &Path) -> Issuer {
+        Issuer::load_or_create(dir, &TrustDomain::default(), NOW).unwrap()
+    }
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    #[test]
+    fn the_root_is_made_once_and_its_key_is_0600() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("ca");
+        let first = authority(&dir);
+        assert_eq!(authority(&dir).pin(), first.pin());
+        assert_eq!(first.bundle().pins(), [first.pin()]);
+        let mode = |file: &str| std::fs::metadata(dir.join(file)).unwrap().permissions().mode();
+        assert_eq!(mode("ca.key") & 0o777, 0o600);
+        assert_eq!(mode("") & 0o777, 0o700);
+        assert_eq!(first.not_after().as_secs(), NOW.as_secs() + ROOT_LIFE.as_secs());
+    }
+
+    #[test]
+    fn processes_that_start_at_once_make_one_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let pins: Vec<Pin> = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| authority(dir.path()).pin())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(pins.iter().all(|pin| *pin == pins[0]));
+    }
+
+    #[test]
+    fn a_root_without_its_key_is_never_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        authority(dir.path());
+        std::fs::remove_file(dir.path().join("ca.key")).unwrap();
+        let load = || Issuer::load_or_create(dir.path(), &TrustDomain::default(), NOW);
+        assert!(matches!(load(), Err(IssuerError::KeyMissing(_))));
+        Key::load_or_create(&dir.path().join("ca.key")).unwrap();
+        assert!(matches!(load(), Err(IssuerError::KeyMismatch)));
+    }
+
+    #[test]
+    fn a_key_that_a_crash_left_without_certificate_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let pin = authority(dir.path()).pin();
+        std::fs::remove_file(dir.path().join("ca.crt")).unwrap();
+        assert_eq!(authority(dir.path()).pin(), pin);
+    }
+
+    #[test]
+    fn an_expired_root_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let end = authority(dir.path()).not_after();
+        let late = Issuer::load_or_create(dir.path(), &TrustDomain::default(), end);
+        assert!(matches!(late, Err(IssuerError::Expired)));
+    }
+
+    #[test]
+    fn old_roots_stay_trusted() {
+        let (dir, before) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let old = authority(before.path());
+        std::fs::create_dir(dir.path().join("old")).unwrap();
+        old.bundle().save(&dir.path().join("old/2025.crt")).unwrap();
+        std::fs::write(dir.path().join("old/README"), "not a root").unwrap();
+        let new = authority(dir.path());
+        assert_eq!(new.bundle().pins(), [new.pin(), old.pin()]);
+    }
+
+    #[test]
+    fn the_role_decides_life_and_usage() {
+        let dir = tempfile::tempdir().unwrap();
+        let issuer = authority(dir.path());
+        let key = Key::generate().unwrap();
+        let csr = Csr::check(&Csr::make(&key).unwrap()).unwrap();
+        let agent = issuer.sign_agent(&name("edge1"), &csr, NOW).unwrap();
+        let server = issuer.issue_server(&name("s1"), &ServerSans::default(), NOW).unwrap();
+        let client = issuer.issue_client(&name("kube"), CLIENT_DAYS, NOW).unwrap();
+        let life = |not_after: UnixTime| not_after.as_secs() - NOW.as_secs();
+        assert_eq!(life(agent.not_after), 86_400);
+        assert_eq!(life(server.not_after()), 90 * 86_400);
+        assert_eq!(life(client.not_after()), 365 * 86_400);
+        assert_eq!(server.not_before().as_secs(), NOW.as_secs() - 300);
+
+        let usage = |der: &[u8]| {
+            let (_, certificate) = x509_parser::parse_x509_certificate(der).unwrap();
+            assert!(!certificate.is_ca());
+            let usage = certificate.extended_key_usage().unwrap().unwrap().value;
+            (usage.server_auth, usage.client_auth)
+        };
+        assert_eq!(usage(&agent.chain[0]), (false, true));
+        assert_eq!(usage(&server.chain()[0]), (true, true));
+        assert_eq!(usage(&client.chain()[0]), (false, true));
+        assert_eq!(Facts::read(&agent.chain[0]).unwrap().public_key, key.public_key());
+    }
+
+    #[test]
+    fn a_servers_leaf_has_the_fixed_name_and_the_configured_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let sans = ServerSans {
+            dns_names: vec!["proxy.example.com".to_owned()],
+            ip_addresses: vec!["203.0.113.10".parse().unwrap()],
+        };
+        let leaf = authority(dir.path()).issue_server(&name("s1"), &sans, NOW).unwrap();
+        let facts = Facts::read(&leaf.chain()[0]).unwrap();
+        assert_eq!(facts.dns_names, [SERVER_SNI, "proxy.example.com"]);
+        assert_eq!(facts.uris, ["spiffe://corvid/server/s1"]);
+        let bad = ServerSans { dns_names: vec!["bücher.de".to_owned()], ..ServerSans::default() };
+        let refused = authority(dir.path()).issue_server(&name("s1"), &bad, NOW);
+        assert!(matches!(refused, Err(IssuerError::DnsName { .. })));
+    }
+
+    #[test]
+    fn no_leaf_outlives_its_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let issuer = authority(dir.path());
+        let late = from_secs(issuer.not_after().as_secs() - 60);
+        let client = issuer.issue_client(&name("kube"), CLIENT_DAYS, late).unwrap();
+        assert_eq!(client.not_after(), issuer.not_after());
+    }
+
+    #[test]
+    fn a_client_lives_one_to_3650_days() {
+        let dir = tempfile::tempdir().unwrap();
+        let issuer = authority(dir.path());
+        for wrong in [0, 3651] {
+            let refused = issuer.issue_client(&name("kube"), wrong, NOW);
+            assert!(matches!(refused, Err(IssuerError::Days)));
+        }
+    }
+
+    #[test]
+    fn a_client_is_exported_with_its_key_0600() {
+        let dir = tempfile::tempdir().unwrap();
+        let issuer = authority(&dir.path().join("ca"));
+        let client = issuer.issue_client(&name("kube"), 1, NOW).unwrap();
+        let out = dir.path().join("out");
+        export_client(&client, issuer.bundle(), &out).unwrap();
+        let loaded = Credential::load(&out.join("kube.crt"), &out.join("kube.key")).unwrap();
+        assert_eq!(loaded.fingerprint(), client.fingerprint());
+        let key = std::fs::metadata(out.join("kube.key")).unwrap();
+        assert_eq!(key.permissions().mode() & 0o777, 0o600);
+        assert_eq!(TrustBundle::load(&out.join("ca.crt")).unwrap().pins(), [issuer.pin()]);
+    }
+
+    #[test]
+    fn the_longest_name_can_be_certified() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = name(&format!("{0}.{0}.{0}.{1}", "a".repeat(63), "b".repeat(61)));
+        let leaf = authority(dir.path()).issue_client(&long, 1, NOW).unwrap();
+        assert_eq!(leaf.identity().name, long);
+    }
+}

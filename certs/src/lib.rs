@@ -1,0 +1,49 @@
+//! Keys, chains, trust, enrolment and rotation: who is who in Corvid.
+//!
+//! In reading order: who ([`Identity`]), when ([`Clock`]), whom to trust ([`TrustBundle`]), what one has
+//! ([`Credential`]), how it is signed ([`Csr`], [`Issuer`]) and renewed ([`renew_at`], [`LiveCredential`]),
+//! who may enter ([`Peer`] and the doors of [`tls_config`]), and how an agent gets its first certificate
+//! ([`JoinToken`], [`Store`], [`EnrollService`], [`enroll`](fn@enroll)).
+//!
+//! It knows nothing of the tunnel's protocol, of HTTP frontends and of Kubernetes.
+
+mod bundle;
+mod clock;
+mod credential;
+mod csr;
+mod failure;
+mod identity;
+mod issuer;
+mod live;
+mod renew;
+mod store;
+#[cfg(any(test, feature = "test-util"))]
+pub mod test_ca;
+pub mod tls_config;
+mod verify;
+mod x509;
+
+pub use bundle::{BundleError, LiveBundle, Pin, PinError, TrustBundle};
+pub use clock::Clock;
+pub use credential::{Credential, CredentialError, Key, KeyError};
+pub use csr::{Csr, CsrError, KeyDigest, MAX_CSR};
+pub use failure::HandshakeFailure;
+pub use identity::{Identity, IdentityError, Name, Role, SERVER_SNI, TrustDomain};
+pub use issuer::{
+    AGENT_LIFE, BACKDATE, CLIENT_DAYS, IssuedChain, Issuer, IssuerError, ROOT_LIFE, SERVER_LIFE,
+    ServerSans, export_client,
+};
+pub use live::LiveCredential;
+pub use renew::{renew_at, retry_after};
+pub use rustls_pki_types::UnixTime;
+pub use store::{MODE_PUBLIC, MODE_SECRET, StoreError, write_atomic};
+pub use tls_config::{
+    ALPN_ENROLL, ALPN_TUNNEL, Own, TlsConfigError, enroll_client, enroll_client_pinned, enroll_server,
+    frontend_client, frontend_server, frontend_server_optional, provider, tunnel_client,
+    tunnel_client_quic, tunnel_server, tunnel_server_quic,
+};
+pub use verify::{
+    FrontendTrust, OperatorPki, OperatorPkiError, Peer, PeerError, Revocations, RuleError, peer,
+    quic_peer, requester, tls_peer,
+};
+pub use x509::Malformed;

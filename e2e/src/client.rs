@@ -1,0 +1,296 @@
+//! A stand-in for kube-apiserver as an egress client: `CONNECT` over a Unix socket or over TCP with mutual TLS.
+//!
+//! It sends the very bytes that kube-apiserver sends, takes nothing but 200 for success, and reads not one byte beyond the
+//! answer's head. What follows is a raw stream.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use socket2::SockRef;
+
+use crate::kubelet::Behaviour;
+use crate::net::Host;
+use crate::pattern::{self, Content};
+
+/// Longest answer head that is read.
+const HEAD: usize = 4 * 1024;
+/// Longest silence on a stream before a read fails: a test that hangs says where.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// A frontend of the proxy-server, and how to get in.
+#[derive(Debug, Clone)]
+pub enum Door {
+    /// A Unix socket, which is reached from every network namespace.
+    Unix(PathBuf),
+    /// TCP with mutual TLS.
+    Tls(Box<TlsDoor>),
+}
+
+/// What it takes to get in over TCP.
+#[derive(Debug, Clone)]
+pub struct TlsDoor {
+    host: Host,
+    addr: SocketAddr,
+    config: Arc<ClientConfig>,
+}
+
+/// A CONNECT that was not answered with 200.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// HTTP status.
+    pub status: u16,
+    /// The reason phrase, which is what `kubectl` shows.
+    pub sentence: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "refused: {} {}", self.status, self.sentence)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl Door {
+    /// The door at `addr`, as seen from `host`, for the client certificate that `proxy-server cert issue --client NAME` wrote
+    /// into `folder`.
+    ///
+    /// # Errors
+    /// When the files are not there or not in order.
+    pub fn tls(host: &Host, addr: SocketAddr, folder: &Path, name: &str) -> Result<Self> {
+        let read = |file: String| -> Result<Vec<CertificateDer<'static>>> {
+            let path = folder.join(file);
+            let pem = BufReader::new(File::open(&path).with_context(|| path.display().to_string())?);
+            Ok(CertificateDer::pem_reader_iter(pem).collect::<Result<_, _>>()?)
+        };
+        let mut roots = RootCertStore::empty();
+        for root in read("ca.crt".into())? {
+            roots.add(root)?;
+        }
+        let key = PrivateKeyDer::from_pem_file(folder.join(format!("{name}.key")))?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(read(format!("{name}.crt"))?, key)?;
+        Ok(Self::Tls(Box::new(TlsDoor { host: host.clone(), addr, config: Arc::new(config) })))
+    }
+
+    /// Connects, without saying anything.
+    ///
+    /// # Errors
+    /// When the door does not open.
+    pub fn knock(&self) -> Result<Tunnel> {
+        let io = match self {
+            Self::Unix(path) => {
+                let stream = UnixStream::connect(path)
+                    .with_context(|| format!("connecting to {}", path.display()))?;
+                stream.set_read_timeout(Some(SILENCE))?;
+                Io::Unix(stream)
+            }
+            Self::Tls(door) => {
+                let stream = door.host.enter(|| TcpStream::connect(door.addr))?;
+                let stream = stream.with_context(|| format!("connecting to {}", door.addr))?;
+                stream.set_read_timeout(Some(SILENCE))?;
+                stream.set_nodelay(true)?;
+                let name = ServerName::IpAddress(door.addr.ip().into());
+                let tls = ClientConnection::new(Arc::clone(&door.config), name)?;
+                Io::Tls(Box::new(StreamOwned::new(tls, stream)))
+            }
+        };
+        Ok(Tunnel { io })
+    }
+
+    /// Asks for a destination.
+    ///
+    /// # Errors
+    /// When the door does not open, or what it answers is not HTTP.
+    pub fn connect(&self, destination: &str) -> Result<Result<Tunnel, Refusal>> {
+        let mut tunnel = self.knock()?;
+        tunnel.ask(destination)?;
+        tunnel.answer()
+    }
+
+    /// Asks for a destination that must be reached, and tells the stand-in kubelet there what to do.
+    ///
+    /// # Errors
+    /// When the destination is refused (a [`Refusal`]) or the door does not open.
+    pub fn open(&self, destination: &str, behaviour: Behaviour) -> Result<Tunnel> {
+        let mut tunnel = self.connect(destination)??;
+        writeln!(tunnel, "{behaviour}").context("the first line")?;
+        Ok(tunnel)
+    }
+
+    /// Asks for a destination that must be refused.
+    ///
+    /// # Errors
+    /// When it is reached.
+    pub fn refusal(&self, destination: &str) -> Result<Refusal> {
+        match self.connect(destination)? {
+            Ok(_) => bail!("{destination} was reached"),
+            Err(refusal) => Ok(refusal),
+        }
+    }
+}
+
+/// How a stream ended, as far as the requester can see.
+#[derive(Debug)]
+pub enum End {
+    /// The other side ended its direction in an orderly way, and still takes ours.
+    Orderly,
+    /// Anything else.
+    Cut(io::Error),
+}
+
+/// A connection to a frontend; after the answer, a raw stream.
+#[derive(Debug)]
+pub struct Tunnel {
+    io: Io,
+}
+
+#[derive(Debug)]
+enum Io {
+    Unix(UnixStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
+}
+
+impl Tunnel {
+    /// Writes the request as kube-apiserver does: the destination is the request-target, and the `Host` is no use.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn ask(&mut self, destination: &str) -> io::Result<()> {
+        write!(self, "CONNECT {destination} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")?;
+        self.flush()
+    }
+
+    /// Reads the answer's head, and nothing behind it.
+    ///
+    /// # Errors
+    /// When it does not come or is not HTTP.
+    pub fn answer(mut self) -> Result<Result<Self, Refusal>> {
+        let mut head = Vec::new();
+        let mut byte = [0];
+        while !head.ends_with(b"\r\n\r\n") {
+            ensure!(head.len() < HEAD, "the head of the answer has no end");
+            self.read_exact(&mut byte).context("reading the answer to CONNECT")?;
+            head.extend_from_slice(&byte);
+        }
+        let head = String::from_utf8(head)?;
+        let mut words = head.lines().next().unwrap_or_default().splitn(3, ' ');
+        ensure!(words.next() == Some("HTTP/1.1"), "not an answer to CONNECT: {head:?}");
+        let status = words.next().and_then(|status| status.parse().ok());
+        let status = status.ok_or_else(|| anyhow!("no status: {head:?}"))?;
+        let sentence = words.next().unwrap_or_default().to_owned();
+        Ok(if status == 200 { Ok(self) } else { Err(Refusal { status, sentence }) })
+    }
+
+    /// Ends the direction to the destination, and only that.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn finish(&mut self) -> io::Result<()> {
+        match &mut self.io {
+            Io::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Io::Tls(stream) => {
+                stream.conn.send_close_notify();
+                stream.flush()
+            }
+        }
+    }
+
+    /// Longest silence that reading stands.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn patience(&self, longest: Duration) -> io::Result<()> {
+        match &self.io {
+            Io::Unix(stream) => stream.set_read_timeout(Some(longest)),
+            Io::Tls(stream) => stream.sock.set_read_timeout(Some(longest)),
+        }
+    }
+
+    /// A second handle to the same stream, to read and to write at the same time.
+    ///
+    /// # Errors
+    /// When this is no Unix socket: the TLS of this client has one handle only.
+    pub fn second(&self) -> Result<Self> {
+        match &self.io {
+            Io::Unix(stream) => Ok(Self { io: Io::Unix(stream.try_clone()?) }),
+            Io::Tls(_) => bail!("a TLS stream has one handle"),
+        }
+    }
+
+    /// Reads to the end and says what came and how it ended.
+    pub fn read_out(&mut self) -> (Content, End) {
+        let (content, end) = pattern::read(self, u64::MAX);
+        (content, end.and_then(|()| self.still_open()).map_or_else(End::Cut, |()| End::Orderly))
+    }
+
+    /// One line, without its end.
+    ///
+    /// # Errors
+    /// Those of the socket; `UnexpectedEof` when the stream ends before the line does.
+    pub fn line(&mut self) -> io::Result<String> {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        loop {
+            self.read_exact(&mut byte)?;
+            match byte {
+                [b'\n'] => return Ok(String::from_utf8_lossy(&line).into_owned()),
+                [other] => line.push(other),
+            }
+        }
+    }
+
+    /// All lines to the end of the stream, each as it arrives; bytes behind the last line's end are an error.
+    pub fn lines(self) -> impl Iterator<Item = io::Result<String>> {
+        BufReader::new(self).lines()
+    }
+
+    /// After an end of file: does the other side still take what we write? A Unix socket knows no reset, so a stream that
+    /// was cut shows only in this, that both directions are gone at once.
+    fn still_open(&self) -> io::Result<()> {
+        match &self.io {
+            // Nothing is sent, and still a socket whose peer is gone answers EPIPE.
+            Io::Unix(stream) => SockRef::from(stream).send(&[]).map(|_| ()),
+            // rustls tells an end without close_notify from one with it.
+            Io::Tls(_) => Ok(()),
+        }
+    }
+}
+
+impl Read for Tunnel {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match &mut self.io {
+            Io::Unix(stream) => stream.read(buf),
+            Io::Tls(stream) => stream.read(buf),
+        }
+    }
+}
+
+impl Write for Tunnel {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match &mut self.io {
+            Io::Unix(stream) => stream.write(buf),
+            Io::Tls(stream) => stream.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.io {
+            Io::Unix(stream) => stream.flush(),
+            Io::Tls(stream) => stream.flush(),
+        }
+    }
+}

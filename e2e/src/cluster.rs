@@ -1,0 +1,213 @@
+//! A real Kubernetes in network namespaces, with the tunnel between its two parts.
+//!
+//! etcd, kube-apiserver and the proxy-server run in the cloud; two nodes with containerd, runc and a real kubelet, and an
+//! edge-agent each, sit behind NAT boxes and **share one private address**. kube-apiserver has no way to a kubelet but the
+//! egress selector, so whatever the tests see from a node came through the tunnel.
+//!
+//! Needs root, Debian's etcd, containerd, runc and CNI plug-ins, and what `e2e/kubernetes/build.sh` builds. Everything ends
+//! with the [`Cluster`], also when the test panics or is killed: see [`sandbox`]. It must not touch the machine beyond its
+//! own namespaces, cgroups and state folder.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use tempfile::TempDir;
+
+use crate::net::{Host, Net};
+
+pub mod content;
+mod control_plane;
+mod image;
+mod kubectl;
+mod node;
+mod pki;
+pub mod pods;
+mod sandbox;
+mod steps;
+mod tunnel;
+
+pub use control_plane::Egress;
+use control_plane::{ControlPlane, PUBLIC};
+pub use kubectl::{Kubectl, Running};
+use node::Node;
+use pki::Pki;
+pub use steps::{Steps, report};
+pub use tunnel::{Programs, Tunnel};
+
+/// The nodes.
+pub const NODES: [&str; 2] = ["edge1", "edge2"];
+/// The one address of both.
+pub const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 1, 10));
+
+/// State folders of ours start so; the pid of the run follows.
+const STATE: &str = "corvid-k8s-";
+
+/// A running cluster. Its parts are dropped from the first to the last.
+#[derive(Debug)]
+pub struct Cluster {
+    kubectl: Kubectl,
+    tunnel: Tunnel,
+    _nodes: Vec<Node>,
+    control_plane: ControlPlane,
+    pki: Pki,
+    net: Net,
+    state: TempDir,
+}
+
+impl Cluster {
+    /// Starts all of it: on return both agents are connected, both nodes are ready, and the tests' pods run.
+    ///
+    /// # Errors
+    /// When a part is missing or does not come up; what was started is ended.
+    pub fn start() -> Result<Self> {
+        sweep()?;
+        let programs = Programs { server: daemon("proxy-server")?, agent: daemon("edge-agent")? };
+        let tools = tools()?;
+        let state = tempfile::Builder::new()
+            .prefix(&format!("{STATE}{}-", std::process::id()))
+            // Unix sockets are in there, and their paths may not be long.
+            .tempdir_in("/tmp")?;
+        let logs = state.path().join("log");
+        fs::create_dir(&logs)?;
+        let net = Net::sites()?;
+        let cloud = net.host("cloud")?;
+        let pki = Pki::new(&state.path().join("pki"))?;
+
+        let apiserver = tools.join("kube-apiserver");
+        let mut control_plane = ControlPlane::start(&cloud, &apiserver, &pki, state.path(), &logs)?;
+        control_plane.apiserver(&pki, &Egress::Unix(Tunnel::socket(state.path())))?;
+        // kube-apiserver takes seconds: whatever can be done meanwhile is done now.
+        let archive = image::make(state.path())?;
+        let mut nodes = Vec::new();
+        for name in NODES {
+            nodes.push(Node::start(&net.host(name)?, state.path(), &logs)?);
+        }
+        let mut tunnel = Tunnel::start(&cloud, programs, state.path(), &logs)?;
+        for name in NODES {
+            tunnel.join(&net.host(name)?)?;
+        }
+        for node in &nodes {
+            node.import(&archive)?;
+        }
+        let kubeconfig = pki.kubeconfig("admin", "https://127.0.0.1:6443")?;
+        let kubectl = Kubectl::new(&cloud, &tools.join("kubectl"), kubeconfig, state.path());
+        control_plane.wait_ready(&kubectl)?;
+        let server = format!("https://{PUBLIC}:6443");
+        for node in &mut nodes {
+            node.kubelet(&tools.join("kubelet"), &pki, ADDRESS, &server)?;
+        }
+        let cluster = Self { kubectl, tunnel, _nodes: nodes, control_plane, pki, net, state };
+        cluster.settle()?;
+        Ok(cluster)
+    }
+
+    /// Waits for nodes, pods and sessions.
+    fn settle(&self) -> Result<()> {
+        let nodes = NODES.map(|name| format!("node/{name}"));
+        self.wait_for("create", &nodes)?;
+        for name in NODES {
+            self.create(&pods::pod(name))?;
+        }
+        self.wait_for("condition=Ready", &nodes)?;
+        self.wait_for("condition=Ready", &NODES.map(|name| format!("pod/{}", pods::name(name))))?;
+        for name in NODES {
+            self.tunnel.wait_session(name)?;
+        }
+        Ok(())
+    }
+
+    fn wait_for(&self, what: &str, objects: &[String; 2]) -> Result<()> {
+        let command = self.kubectl.command(&["wait", "--timeout=120s", "--for", what, &objects[0], &objects[1]]);
+        let output = crate::process::output(command, Duration::from_secs(130))?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "waiting for {what} of {objects:?}: {errors}");
+        Ok(())
+    }
+
+    /// Creates an object.
+    ///
+    /// # Errors
+    /// When kube-apiserver refuses it.
+    pub fn create(&self, object: &serde_json::Value) -> Result<()> {
+        let file = self.state.path().join("object.json");
+        fs::write(&file, object.to_string())?;
+        self.kubectl.ok(&["create", "-f", &file.display().to_string()])?;
+        Ok(())
+    }
+
+    /// Starts kube-apiserver again, with another way to the nodes.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub fn restart_apiserver(&mut self, egress: &Egress) -> Result<()> {
+        self.control_plane.apiserver(&self.pki, egress)?;
+        self.control_plane.wait_ready(&self.kubectl)
+    }
+
+    /// kubectl, as the admin.
+    #[must_use]
+    pub const fn kubectl(&self) -> &Kubectl {
+        &self.kubectl
+    }
+
+    /// The daemons.
+    #[must_use]
+    pub const fn tunnel(&self) -> &Tunnel {
+        &self.tunnel
+    }
+
+    /// The daemons, to start one of them again.
+    pub const fn tunnel_mut(&mut self) -> &mut Tunnel {
+        &mut self.tunnel
+    }
+
+    /// A host of the net: `cloud`, `edge1`, …
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn host(&self, name: &str) -> Result<Host> {
+        self.net.host(name)
+    }
+
+    /// A folder for files of the tests; it goes with the cluster.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.state.path()
+    }
+}
+
+/// Removes what runs that were killed have left: empty cgroups and state folders.
+fn sweep() -> Result<()> {
+    sandbox::sweep()?;
+    for entry in fs::read_dir("/tmp")?.flatten() {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let pid = name.strip_prefix(STATE).and_then(|rest| rest.split('-').next());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let path = entry.path();
+            fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A daemon of ours: in `CORVID_BIN_DIR`, or where the quick profile puts it.
+fn daemon(name: &str) -> Result<PathBuf> {
+    let quick = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/quick");
+    let dir = std::env::var_os("CORVID_BIN_DIR").map_or(quick, PathBuf::from);
+    let path = dir.join(name);
+    let hint = "build it with `cargo build --profile quick`, or name its folder in CORVID_BIN_DIR";
+    ensure!(path.exists(), "no {}: {hint}", path.display());
+    Ok(path)
+}
+
+/// Where `e2e/kubernetes/build.sh` puts the Kubernetes programs.
+fn tools() -> Result<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/bin");
+    for name in ["kube-apiserver", "kubectl", "kubelet"] {
+        ensure!(dir.join(name).exists(), "no {name} in {}: run e2e/kubernetes/build.sh", dir.display());
+    }
+    Ok(dir)
+}

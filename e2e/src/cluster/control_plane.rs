@@ -1,0 +1,162 @@
+//! etcd and kube-apiserver on the cloud host, and the egress selector that makes kube-apiserver use the tunnel.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use super::kubectl::Kubectl;
+use super::pki::{Leaf, Pki};
+use crate::net::Host;
+use crate::process::{Process, Spawn};
+use crate::wait;
+
+/// The cloud's public address: edges know kube-apiserver by it.
+pub(super) const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+/// Seven seconds on an idle machine of two cores; much more on one that is building something.
+const READY: Duration = Duration::from_secs(120);
+
+/// How kube-apiserver reaches what it calls `cluster`: kubelets, above all.
+#[derive(Clone, Debug)]
+pub enum Egress {
+    /// HTTP CONNECT over TCP, with a client certificate.
+    Tls {
+        /// `https://host:port`; the host must be on the server's certificate.
+        url: String,
+        /// CA bundle, client certificate and key.
+        files: [PathBuf; 3],
+    },
+    /// HTTP CONNECT over a Unix socket.
+    Unix(PathBuf),
+}
+
+impl Egress {
+    /// The EgressSelectorConfiguration.
+    fn config(&self) -> Value {
+        let transport = match self {
+            Self::Tls { url, files: [ca, certificate, key] } => json!({"tcp": {
+                "url": url,
+                "tlsConfig": {"caBundle": ca, "clientCert": certificate, "clientKey": key},
+            }}),
+            Self::Unix(path) => json!({"uds": {"udsName": path}}),
+        };
+        json!({
+            "apiVersion": "apiserver.k8s.io/v1beta1",
+            "kind": "EgressSelectorConfiguration",
+            "egressSelections": [{
+                "name": "cluster",
+                "connection": {"proxyProtocol": "HTTPConnect", "transport": transport},
+            }],
+        })
+    }
+}
+
+/// Running etcd and kube-apiserver.
+#[derive(Debug)]
+pub(super) struct ControlPlane {
+    host: Host,
+    program: PathBuf,
+    state: PathBuf,
+    logs: PathBuf,
+    apiserver: Option<Process>,
+    _etcd: Process,
+}
+
+impl ControlPlane {
+    /// Starts etcd, and issues what kube-apiserver needs.
+    pub(super) fn start(
+        host: &Host,
+        program: &Path,
+        pki: &Pki,
+        state: &Path,
+        logs: &Path,
+    ) -> Result<Self> {
+        let etcd = Spawn::new("etcd", "etcd")
+            .arg("--data-dir")
+            .arg(state.join("etcd"))
+            .args(["--listen-client-urls", "http://127.0.0.1:2379"])
+            .args(["--advertise-client-urls", "http://127.0.0.1:2379"])
+            .arg("--unsafe-no-fsync")
+            .host(host)
+            .start(logs)?;
+        pki.issue(&Leaf {
+            file: "apiserver",
+            user: "kube-apiserver",
+            dns: &["localhost", "kubernetes", "kubernetes.default.svc"],
+            ips: &[Ipv4Addr::LOCALHOST.into(), PUBLIC.into(), Ipv4Addr::new(10, 96, 0, 1).into()],
+            ..Leaf::default()
+        })?;
+        for (file, user) in [("kubelet-client", "kube-apiserver-kubelet-client"), ("admin", "admin")] {
+            pki.issue(&Leaf { file, user, group: Some("system:masters"), ..Leaf::default() })?;
+        }
+        Ok(Self {
+            host: host.clone(),
+            program: program.to_owned(),
+            state: state.to_owned(),
+            logs: logs.to_owned(),
+            apiserver: None,
+            _etcd: etcd,
+        })
+    }
+
+    /// Starts kube-apiserver, or starts it again with another egress. It is ready once [`Self::wait_ready`] says so.
+    pub(super) fn apiserver(&mut self, pki: &Pki, egress: &Egress) -> Result<()> {
+        if let Some(running) = self.apiserver.take() {
+            running.terminate(READY)?;
+        }
+        let file = self.state.join("egress.json");
+        fs::write(&file, egress.config().to_string())?;
+        let path = |name: &str| pki.path(name);
+        let flags = [
+            ("etcd-servers", "http://127.0.0.1:2379".to_owned()),
+            ("secure-port", "6443".to_owned()),
+            ("bind-address", "0.0.0.0".to_owned()),
+            ("advertise-address", PUBLIC.to_string()),
+            ("service-cluster-ip-range", "10.96.0.0/16".to_owned()),
+            ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
+            ("service-account-key-file", path("sa.pub")),
+            ("service-account-signing-key-file", path("sa.key")),
+            ("client-ca-file", path("ca.crt")),
+            ("tls-cert-file", path("apiserver.crt")),
+            ("tls-private-key-file", path("apiserver.key")),
+            ("kubelet-client-certificate", path("kubelet-client.crt")),
+            ("kubelet-client-key", path("kubelet-client.key")),
+            ("kubelet-certificate-authority", path("ca.crt")),
+            // Two nodes have one address: only their names tell them apart.
+            ("kubelet-preferred-address-types", "Hostname,InternalIP".to_owned()),
+            ("egress-selector-config-file", file.display().to_string()),
+            ("authorization-mode", "Node,RBAC".to_owned()),
+            // No controllers run, so nobody makes service accounts.
+            ("disable-admission-plugins", "ServiceAccount".to_owned()),
+            // A restart must not wait for watches that run for ever.
+            ("shutdown-send-retry-after", "false".to_owned()),
+        ];
+        let apiserver = Spawn::new("kube-apiserver", &self.program)
+            .args(flags.map(|(flag, value)| format!("--{flag}={value}")))
+            .host(&self.host)
+            .start(&self.logs)?;
+        self.apiserver = Some(apiserver);
+        Ok(())
+    }
+
+    /// Waits until kube-apiserver says that it is ready.
+    pub(super) fn wait_ready(&self, kubectl: &Kubectl) -> Result<()> {
+        let Some(apiserver) = &self.apiserver else { anyhow::bail!("kube-apiserver was not started") };
+        // A connection costs nothing, a kubectl does: the two are looked for one after the other.
+        let address = (Ipv4Addr::LOCALHOST, 6443);
+        wait::poll(READY, "kube-apiserver listens", || -> Result<()> {
+            ensure!(apiserver.exited()?.is_none(), "it has ended: {}", apiserver.log());
+            self.host.enter(|| TcpStream::connect(address))??;
+            Ok(())
+        })?;
+        wait::poll(READY, "kube-apiserver is ready", || {
+            ensure!(kubectl.ok(&["get", "--raw", "/readyz"])? == b"ok");
+            // Made by a start-up hook of kube-apiserver.
+            kubectl.ok(&["get", "namespace", "default"])
+        })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,84 @@
+//! The pod that each node runs for the tests: one container for each kind of thing that is asked of it.
+
+use serde_json::{Value, json};
+
+use super::content;
+use super::image::{BUSYBOX, FOR_EVER};
+
+/// Lines of `book`'s log: 50 MB.
+pub const BOOK_LINES: u64 = 500_000;
+/// Lines of the file that `web` serves: 1 MB.
+pub const WEB_LINES: u64 = 10_000;
+/// Lines of `firehose`: 200 MB, more than all buffers on the way could hold.
+pub const FIREHOSE_LINES: u64 = 2_000_000;
+/// Where `web` listens in the pod.
+pub const WEB_PORT: u16 = 8080;
+/// Where `echo` listens in the pod.
+pub const ECHO_PORT: u16 = 7777;
+
+/// The pod of a node.
+#[must_use]
+pub fn name(node: &str) -> String {
+    format!("box-{node}")
+}
+
+/// Its specification.
+///
+/// * `tools` sleeps; commands are run in it
+/// * `book` has written a long log
+/// * `ticker` writes a numbered line each few milliseconds, for ever
+/// * `listener` repeats what it hears on its standard input
+/// * `web` serves a file by HTTP, `echo` sends back what it gets
+/// * `firehose` writes as fast as it can, once something is written to `/tmp/go`
+#[must_use]
+pub fn pod(node: &str) -> Value {
+    let book = content::awk(node, BOOK_LINES);
+    let web = content::awk(node, WEB_LINES);
+    let firehose = content::awk(node, FIREHOSE_LINES);
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name(node)},
+        "spec": {
+            "nodeName": node,
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "terminationGracePeriodSeconds": 0,
+            "restartPolicy": "Never",
+            "containers": [
+                container("tools", &format!("exec sleep {FOR_EVER}")),
+                container("book", &format!("{book}; exec sleep {FOR_EVER}")),
+                container("ticker", &ticker(node)),
+                listener(node),
+                container("web", &format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www")),
+                container("echo", &format!("exec nc -ll -p {ECHO_PORT} -e cat")),
+                container("firehose", &format!("mkfifo /tmp/go; read -r _ </tmp/go; {firehose}; exec sleep {FOR_EVER}")),
+            ],
+        },
+    })
+}
+
+fn container(name: &str, script: &str) -> Value {
+    json!({
+        "name": name,
+        "image": BUSYBOX,
+        "imagePullPolicy": "Never",
+        "command": ["/bin/sh", "-c", script],
+    })
+}
+
+/// Some fifty lines a second.
+fn ticker(node: &str) -> String {
+    let line = content::line(node, 0);
+    let rest = line.strip_prefix("00000000").unwrap_or_default();
+    format!("i=0; while :; do printf '%08d{rest}\\n' $i; i=$((i+1)); usleep 20000; done")
+}
+
+fn listener(node: &str) -> Value {
+    let script = format!("while read -r line; do echo \"{node} heard $line\"; done; echo {node} heard the end");
+    let mut listener = container("listener", &script);
+    listener["stdin"] = true.into();
+    // The first one to attach may leave, and its end of input is the container's.
+    listener["stdinOnce"] = true.into();
+    listener
+}

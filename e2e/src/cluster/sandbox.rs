@@ -1,0 +1,137 @@
+//! The machine that a node runs on, in as far as the network namespace is not enough: a process tree and mounts of its own.
+//!
+//! containerd's shims and pods outlive containerd, and mounts outlive everybody. Inside a pid namespace and a mount
+//! namespace they end with one process, also when the test is killed: the kernel does the cleaning. What is left are
+//! empty cgroups, which the end of a sandbox, or the next run, removes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::net::Host;
+use crate::process::{Process, Spawn};
+use crate::wait;
+
+/// Cgroups of ours start so; the pid of the run and the host's name follow.
+const PREFIX: &str = "corvid-k8s-";
+
+/// Folders where programs of two nodes would meet: shim sockets and namespace names, the CNI cache, links to pod logs.
+/// Files that the kubelet sets, and that belong to the whole machine, become copies.
+const SCRIPT: &str = r#"set -e
+for dir in /run /var/lib/cni /var/log; do mkdir -p $dir; mount -t tmpfs tmpfs $dir; done
+for key in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
+  copy=/run/sysctl/$key; mkdir -p ${copy%/*}
+  cat /proc/sys/$key >$copy; mount --bind $copy /proc/sys/$key
+done
+echo sandbox is ready
+while :; do sleep 3600 & wait; done"#;
+
+/// A running sandbox.
+#[derive(Debug)]
+pub(super) struct Sandbox {
+    holder: Process,
+    host: Host,
+    cgroup: String,
+}
+
+impl Sandbox {
+    /// Makes one on a host.
+    pub(super) fn new(host: &Host, logs: &Path) -> Result<Self> {
+        let holder = Spawn::new(&format!("sandbox-{}", host.name()), "unshare")
+            .args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"])
+            .args(["sh", "-c", SCRIPT])
+            .host(host)
+            .start(logs)?;
+        let cgroup = format!("{PREFIX}{}-{}", std::process::id(), host.name());
+        let sandbox = Self { holder, host: host.clone(), cgroup };
+        sandbox.holder.wait_for_line("sandbox is ready", Duration::from_secs(10))?;
+        Ok(sandbox)
+    }
+
+    /// The cgroup, from the root on, for what runs in containers.
+    pub(super) fn cgroup(&self) -> String {
+        format!("/{}", self.cgroup)
+    }
+
+    /// The arguments with which `nsenter` starts a program inside: its children's children stay inside too.
+    fn enter(&self) -> [String; 4] {
+        let ns = format!("/proc/{}/ns", self.holder.id());
+        [
+            format!("--net={}", self.host.netns().display()),
+            format!("--mount={ns}/mnt"),
+            format!("--pid={ns}/pid_for_children"),
+            "--".to_owned(),
+        ]
+    }
+
+    /// A program to start inside.
+    pub(super) fn spawn(&self, name: &str, program: &str) -> Spawn {
+        Spawn::new(name, "nsenter").args(self.enter()).arg(program)
+    }
+
+    /// Runs a program inside to its end.
+    pub(super) fn run(&self, program: &str, args: &[&str], deadline: Duration) -> Result<()> {
+        let mut command = std::process::Command::new("nsenter");
+        command.args(self.enter()).arg(program).args(args);
+        let output = crate::process::output(command, deadline)?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "{program} {args:?}: {errors}");
+        Ok(())
+    }
+}
+
+impl Drop for Sandbox {
+    #[expect(clippy::print_stderr, reason = "libtest shows it with the test that failed")]
+    fn drop(&mut self) {
+        let ended = self.holder.kill().and_then(|()| {
+            // The kernel ends the rest of the tree a moment after its first process.
+            wait::poll(Duration::from_secs(20), "cgroups are empty", || {
+                remove_cgroups(&self.cgroup)
+            })
+        });
+        if let Err(error) = ended {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Removes cgroups of runs whose process is gone.
+pub(super) fn sweep() -> Result<()> {
+    for hierarchy in hierarchies() {
+        let Ok(entries) = fs::read_dir(&hierarchy) else { continue };
+        for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+            let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                remove_tree(&hierarchy.join(&name)).with_context(|| format!("cgroup {name}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where cgroups are: one hierarchy a controller (v1), or one for all (v2).
+fn hierarchies() -> Vec<PathBuf> {
+    let root = PathBuf::from("/sys/fs/cgroup");
+    let inner = fs::read_dir(&root).into_iter().flatten().flatten().map(|entry| entry.path());
+    inner.filter(|path| path.is_dir()).chain([root.clone()]).collect()
+}
+
+fn remove_cgroups(name: &str) -> std::io::Result<()> {
+    for hierarchy in hierarchies() {
+        remove_tree(&hierarchy.join(name))?;
+    }
+    Ok(())
+}
+
+/// Removes a cgroup with those inside it: the files in it are not there to be removed, only the folders are.
+fn remove_tree(dir: &Path) -> std::io::Result<()> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Ok(()); // not made in this hierarchy
+    };
+    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        remove_tree(&entry.path())?;
+    }
+    fs::remove_dir(dir)
+}

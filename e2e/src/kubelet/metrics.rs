@@ -1,0 +1,45 @@
+//! The smallest exporter that a scraper takes for one.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+/// Longest request head that is read.
+const HEAD: u64 = 8 * 1024;
+/// A scraper sends its request at once.
+const HEAD_TIME: Duration = Duration::from_secs(10);
+
+/// Answers every `GET /metrics` with one gauge that carries this stand-in's name, and anything else with 404.
+///
+/// # Errors
+/// When the listener fails.
+pub fn metrics(listener: &TcpListener, name: &str) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        loop {
+            let (stream, _) = listener.accept()?;
+            // A scraper that goes away in the middle is its own business.
+            scope.spawn(move || answer(&stream, name).ok());
+        }
+    })
+}
+
+fn answer(mut stream: &TcpStream, name: &str) -> io::Result<()> {
+    stream.set_read_timeout(Some(HEAD_TIME))?;
+    let mut head = BufReader::new(stream.take(HEAD)).lines();
+    let request = head.next().transpose()?.unwrap_or_default();
+    for line in head {
+        if line?.is_empty() {
+            break;
+        }
+    }
+    let (status, body) = if request.starts_with("GET /metrics ") {
+        ("200 OK", format!("# TYPE stand_in gauge\nstand_in{{name=\"{name}\"}} 1\n"))
+    } else {
+        ("404 Not Found", String::new())
+    };
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
+}

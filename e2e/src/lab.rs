@@ -1,0 +1,157 @@
+//! The lab: both daemons, stand-in kubelets and clients on the standard sites, each scenario in a lab of its own.
+//!
+//! Configuration files are written as an operator would write them (JSON is YAML); tokens come from the command line tool,
+//! sessions are seen through `status`. The lab looks into no process and links no daemon.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use parking_lot::{Mutex, MutexGuard};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::net::{Host, Net};
+use crate::process::{Process, Spawn};
+
+mod agent;
+mod server;
+
+pub use agent::Agent;
+pub use server::{Server, Session};
+
+/// Where agents dial.
+pub const SERVER: &str = "203.0.113.10:8443";
+/// How long a daemon may take to be up on a machine that is busy building.
+pub const START: Duration = Duration::from_secs(30);
+/// How long a daemon may take to stop, beyond the grace that it was given.
+pub const STOP: Duration = Duration::from_secs(15);
+
+/// One lab at a time: scenarios measure times, and the machine has few cores.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// Sites, a folder, and what was started on them. Declare daemons after the lab, so that they end before it.
+#[derive(Debug)]
+pub struct Lab {
+    net: Net,
+    dir: TempDir,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Lab {
+    /// Waits for its turn and lays the sites.
+    ///
+    /// # Errors
+    /// When there is no root, or `ip` or `nft` fails.
+    pub fn new() -> Result<Self> {
+        let one = ONE.lock();
+        let net = Net::sites()?;
+        // Short: the path of a Unix socket has 107 bytes.
+        let dir = tempfile::Builder::new().prefix("corvid-").tempdir()?;
+        Ok(Self { net, dir, _one: one })
+    }
+
+    /// The namespaces.
+    #[must_use]
+    pub fn net(&self) -> &Net {
+        &self.net
+    }
+
+    /// A host of the sites.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn host(&self, name: &str) -> Result<Host> {
+        self.net.host(name)
+    }
+
+    /// Where configurations, states and logs are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Starts a proxy-server in the cloud, its configuration changed by `edit`, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn server(&self, edit: impl FnOnce(&mut Value)) -> Result<Server> {
+        Server::start(self, edit)
+    }
+
+    /// Enrols and starts the agent of an edge host of the same name, its configuration changed by `edit`, and waits for its
+    /// session.
+    ///
+    /// # Errors
+    /// When no session comes.
+    pub fn agent(&self, server: &Server, name: &str, edit: impl FnOnce(&mut Value)) -> Result<Agent> {
+        Agent::start(self, server, name, edit)
+    }
+
+    /// Starts the stand-in kubelet of a host, on 10250 and with metrics on 9100; it calls itself as the host is called.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn kubelet(&self, name: &str) -> Result<Process> {
+        let process = Spawn::new(&format!("kubelet-{name}"), beside("kubelet")?)
+            .args(["--name", name])
+            .host(&self.host(name)?)
+            .start(self.dir())?;
+        process.wait_for_line("ready", START)?;
+        Ok(process)
+    }
+
+    /// Writes a configuration file.
+    fn config(&self, name: &str, config: &Value) -> Result<PathBuf> {
+        let path = self.dir().join(format!("{name}.yaml"));
+        fs::write(&path, serde_json::to_vec_pretty(config)?)?;
+        Ok(path)
+    }
+}
+
+/// The smallest whole setting: server, agent and stand-in kubelet of `edge1`.
+#[derive(Debug)]
+pub struct Small {
+    /// The agent of `edge1`.
+    pub agent: Agent,
+    /// The stand-in kubelet of `edge1`.
+    pub kubelet: Process,
+    /// The proxy-server.
+    pub server: Server,
+}
+
+impl Lab {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When one of them does not come up.
+    pub fn small(&self) -> Result<Small> {
+        let kubelet = self.kubelet("edge1")?;
+        let server = self.server(|_| {})?;
+        let agent = self.agent(&server, "edge1", |_| {})?;
+        Ok(Small { agent, kubelet, server })
+    }
+}
+
+/// A daemon's binary: in `CORVID_BIN_DIR`, by default `target/quick` of the workspace.
+///
+/// # Errors
+/// When it is not there.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let folder = std::env::var_os("CORVID_BIN_DIR").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/quick"),
+        PathBuf::from,
+    );
+    let path = folder.join(name);
+    ensure!(path.exists(), "no {name} in {}: cargo build --profile quick, or set CORVID_BIN_DIR", folder.display());
+    Ok(path)
+}
+
+/// A program of this crate, which cargo puts beside the running one, or one folder up from a test.
+fn beside(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name));
+    let mut found = found.filter(|path| path.is_file());
+    found.next().ok_or_else(|| anyhow!("no {name} near {}", own.display()))
+}

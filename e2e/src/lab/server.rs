@@ -1,0 +1,178 @@
+//! The proxy-server of a lab.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{
+    Context, Host, Lab, Process, Result, SERVER, START, Spawn, Value, anyhow, binary, ensure, json,
+};
+use crate::client::Door;
+use crate::process;
+use crate::wait;
+
+/// The command line tool works on files, or asks a socket: both answer at once.
+const TOOL: Duration = Duration::from_secs(20);
+
+/// A running proxy-server.
+#[derive(Debug)]
+pub struct Server {
+    process: Process,
+    config: PathBuf,
+    dir: PathBuf,
+    host: Host,
+}
+
+/// A session as `status` shows it; what scenarios do not look at is left out.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Session {
+    /// Name from the agent's certificate.
+    pub agent: String,
+    /// Its id.
+    pub session: Value,
+    /// Where the agent's packets come from.
+    pub remote: String,
+    /// Open streams.
+    pub streams: u64,
+}
+
+impl Server {
+    pub(super) fn start(lab: &Lab, edit: impl FnOnce(&mut Value)) -> Result<Self> {
+        let dir = lab.dir().to_owned();
+        let mut config = json!({
+            "stateDir": dir.join("server"),
+            "name": "proxy-1",
+            "certificate": {"ipAddresses": ["203.0.113.10"]},
+            "backend": {"listen": [SERVER]},
+            "frontends": [
+                {"type": "httpConnect", "listen": format!("unix:{}", dir.join("connect.sock").display()),
+                 "default": "refuse"},
+                {"type": "httpConnect", "listen": "tcp:203.0.113.10:8444", "default": "refuse"},
+            ],
+            "drain": {"minDelay": "500ms", "grace": "10s"},
+            "observe": {"listen": "0.0.0.0:9440"},
+            "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
+            "log": {"level": "debug"},
+        });
+        edit(&mut config);
+        let config = lab.config("proxy-server", &config)?;
+        let host = lab.host("cloud")?;
+        let process = run(&host, &config, &dir)?;
+        Ok(Self { process, config, dir, host })
+    }
+
+    /// The process, to look at and to signal.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Starts it again after it has ended, with the same configuration and state.
+    ///
+    /// # Errors
+    /// When it still runs, or does not come up.
+    pub fn start_again(&mut self) -> Result<()> {
+        ensure!(self.process.exited()?.is_some(), "the server still runs");
+        self.process = run(&self.host, &self.config, &self.dir)?;
+        Ok(())
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// When it is still there at the deadline.
+    pub fn stop(&self, deadline: Duration) -> Result<ExitStatus> {
+        self.process.terminate(deadline)
+    }
+
+    /// The frontend at the Unix socket.
+    #[must_use]
+    pub fn door(&self) -> Door {
+        Door::Unix(self.dir.join("connect.sock"))
+    }
+
+    /// The frontend over TCP with mutual TLS, with a fresh client certificate for `client`.
+    ///
+    /// # Errors
+    /// When none is issued.
+    pub fn tls_door(&self, client: &str) -> Result<Door> {
+        let folder = self.dir.join(format!("client-{client}"));
+        fs::create_dir_all(&folder)?;
+        let folder_name = folder.to_str().context("a folder with a strange name")?;
+        self.tool(&["cert", "issue", "--client", client, "--out", folder_name])?;
+        Door::tls(&self.host, "203.0.113.10:8444".parse()?, &folder, client)
+    }
+
+    /// A join token for agents of that name.
+    ///
+    /// # Errors
+    /// When none is made.
+    pub fn token(&self, agent: &str) -> Result<String> {
+        let made = self.tool(&["token", "create", "--agents", agent])?;
+        Ok(made.lines().next().context("no token")?.trim().to_owned())
+    }
+
+    /// The pin of the certificate authority.
+    ///
+    /// # Errors
+    /// When `cert show` prints none.
+    pub fn pin(&self) -> Result<String> {
+        let shown = self.tool(&["cert", "show"])?;
+        let pin = shown.split_whitespace().find(|word| word.starts_with("sha256:"));
+        Ok(pin.with_context(|| format!("no pin in {shown:?}"))?.to_owned())
+    }
+
+    /// All sessions.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub fn sessions(&self) -> Result<Vec<Session>> {
+        let mut command = Command::new(binary("proxy-server")?);
+        command.args(["status", "--json", "--socket"]).arg(self.dir.join("admin.sock"));
+        Ok(serde_json::from_str(&succeeded(command)?)?)
+    }
+
+    /// Waits for a session of that agent and returns the newest, which stands last.
+    ///
+    /// # Errors
+    /// When there is none at the deadline.
+    pub fn wait_session(&self, agent: &str, deadline: Duration) -> Result<Session> {
+        wait::poll(deadline, &format!("a session of {agent}"), || {
+            let sessions = self.sessions()?;
+            let found = sessions.iter().rfind(|session| session.agent == agent).cloned();
+            found.ok_or_else(|| anyhow!("the sessions are {sessions:?}"))
+        })
+    }
+
+    /// Runs `proxy-server` as a tool on this server's configuration.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn tool(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(binary("proxy-server")?);
+        command.args(args).arg("--config").arg(&self.config);
+        succeeded(command)
+    }
+}
+
+fn run(host: &Host, config: &Path, logs: &Path) -> Result<Process> {
+    let process = Spawn::new("proxy-server", binary("proxy-server")?)
+        .args(["run", "--config"])
+        .arg(config)
+        .host(host);
+    let mark = fs::metadata(logs.join("proxy-server.log")).map_or(0, |log| log.len());
+    let process = process.start(logs)?;
+    process.wait_for_line_since(mark, "ready", START)?;
+    Ok(process)
+}
+
+fn succeeded(command: Command) -> Result<String> {
+    let what = format!("{command:?}");
+    let output = process::output(command, TOOL)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{what}: {}: {errors}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}

@@ -1,0 +1,217 @@
+//! The UDP side: one socket towards the server for each source address at the near end, as a NAT box has one port for each.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use parking_lot::Mutex;
+use socket2::SockRef;
+use tokio::net::UdpSocket;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+use super::{Rebind, SOCKET_BUFFER, Sky};
+
+/// Datagrams under way, both directions together: 100 Mbit/s for 200 ms and some more. What comes when it is full is lost.
+const QUEUE: usize = 4096;
+/// Largest datagram.
+const DATAGRAM: usize = 65_536;
+/// Source addresses at the near end; more than that are no agents of a test.
+const FLOWS: usize = 1024;
+
+/// Forwards until it is dropped.
+pub(super) async fn run(
+    near: std::net::UdpSocket,
+    to: SocketAddr,
+    sky: Arc<Sky>,
+    rebinds: mpsc::Receiver<Rebind>,
+) -> Result<()> {
+    near.set_nonblocking(true)?;
+    let near = Arc::new(UdpSocket::from_std(near)?);
+    let line = Arc::new(Line { near, to, sky, late: Mutex::default(), more: Notify::new() });
+    tokio::select! {
+        ended = line.take_all(rebinds) => ended,
+        () = line.deliver() => Ok(()),
+    }
+}
+
+/// The sockets towards the server, by source address at the near end.
+#[derive(Default)]
+struct Flows {
+    /// Where they are bound; the kernel chooses while there is none.
+    ip: Option<IpAddr>,
+    ways: HashMap<SocketAddr, Arc<UdpSocket>>,
+    readers: JoinSet<Result<()>>,
+}
+
+impl Flows {
+    fn way(&mut self, from: SocketAddr, line: &Arc<Line>) -> Result<Option<Arc<UdpSocket>>> {
+        if let Some(way) = self.ways.get(&from) {
+            return Ok(Some(Arc::clone(way)));
+        }
+        if self.ways.len() == FLOWS {
+            return Ok(None);
+        }
+        self.add(from, line).map(Some)
+    }
+
+    fn add(&mut self, from: SocketAddr, line: &Arc<Line>) -> Result<Arc<UdpSocket>> {
+        let ip = self.ip.unwrap_or_else(|| Ipv4Addr::UNSPECIFIED.into());
+        let socket = std::net::UdpSocket::bind((ip, 0))
+            .with_context(|| format!("a socket at {ip} towards the server"))?;
+        SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER)?;
+        socket.set_nonblocking(true)?;
+        let way = Arc::new(UdpSocket::from_std(socket)?);
+        self.ways.insert(from, Arc::clone(&way));
+        let (line, reader) = (Arc::clone(line), Arc::clone(&way));
+        self.readers.spawn(async move { line.back(&reader, from).await });
+        Ok(way)
+    }
+
+    fn rebind(&mut self, ip: IpAddr, line: &Arc<Line>) -> Result<()> {
+        self.ip = Some(ip);
+        // The old sockets close with their readers, and with what is still on its way through them.
+        self.readers = JoinSet::new();
+        let sources: Vec<_> = self.ways.drain().map(|(from, _)| from).collect();
+        sources.into_iter().try_for_each(|from| self.add(from, line).map(|_| ()))
+    }
+}
+
+/// What is under way.
+struct Line {
+    near: Arc<UdpSocket>,
+    to: SocketAddr,
+    sky: Arc<Sky>,
+    late: Mutex<Late>,
+    more: Notify,
+}
+
+#[derive(Default)]
+struct Late {
+    heap: BinaryHeap<Reverse<Datagram>>,
+    count: u64,
+}
+
+/// Ordered by the time of its arrival; equal times in the order of departure.
+struct Datagram {
+    due: (Instant, u64),
+    bytes: Vec<u8>,
+    by: Arc<UdpSocket>,
+    to: SocketAddr,
+}
+
+impl Line {
+    /// From all sources at the near end to the server.
+    async fn take_all(self: &Arc<Self>, mut rebinds: mpsc::Receiver<Rebind>) -> Result<()> {
+        let mut flows = Flows::default();
+        let mut buffer = vec![0; DATAGRAM];
+        loop {
+            tokio::select! {
+                received = self.near.recv_from(&mut buffer) => {
+                    let (count, from) = received.context("receiving at the near end")?;
+                    match flows.way(from, self)? {
+                        Some(way) => {
+                            self.take(buffer.get(..count).unwrap_or_default(), &way, self.to);
+                        }
+                        None => self.sky.dropped(),
+                    }
+                }
+                // The channel ends with the link, which ends this future too.
+                Some(Rebind { ip, done }) = rebinds.recv() => {
+                    // A test that has gone away is not told.
+                    done.send(flows.rebind(ip, self)).ok();
+                }
+                Some(ended) = flows.readers.join_next() => ended??,
+            }
+        }
+    }
+
+    /// From the server back to one source at the near end.
+    async fn back(&self, way: &UdpSocket, from: SocketAddr) -> Result<()> {
+        let mut buffer = vec![0; DATAGRAM];
+        loop {
+            let (count, sender) = way.recv_from(&mut buffer).await?;
+            if sender == self.to {
+                self.take(buffer.get(..count).unwrap_or_default(), &self.near, from);
+            }
+        }
+    }
+
+    /// Puts a datagram on its way, or loses it.
+    fn take(&self, bytes: &[u8], by: &Arc<UdpSocket>, to: SocketAddr) {
+        let Some(delay) = self.sky.fate() else {
+            return;
+        };
+        let mut late = self.late.lock();
+        if late.heap.len() == QUEUE {
+            self.sky.dropped();
+            return;
+        }
+        late.count += 1;
+        let due = (Instant::now() + delay, late.count);
+        late.heap.push(Reverse(Datagram { due, bytes: bytes.to_vec(), by: Arc::clone(by), to }));
+        self.more.notify_one();
+    }
+
+    /// Hands over what is due, for ever.
+    async fn deliver(&self) {
+        loop {
+            let next = self.late.lock().heap.peek().map(|first| first.0.due.0);
+            match next {
+                None => self.more.notified().await,
+                Some(next) => {
+                    // Something that came later may be due before.
+                    tokio::select! {
+                        () = sleep_until(next) => self.hand_over().await,
+                        () = self.more.notified() => {}
+                    }
+                }
+            }
+        }
+    }
+
+    async fn hand_over(&self) {
+        let now = Instant::now();
+        while let Some(datagram) = self.due(now) {
+            let cut = *self.sky.cut.borrow();
+            // A host that is down answers with ICMP, which shows here; it loses the datagram and not the line.
+            if !cut && datagram.by.send_to(&datagram.bytes, datagram.to).await.is_ok() {
+                self.sky.forwarded();
+            } else {
+                self.sky.dropped();
+            }
+        }
+    }
+
+    fn due(&self, now: Instant) -> Option<Datagram> {
+        let mut late = self.late.lock();
+        let first = late.heap.peek()?;
+        if first.0.due.0 > now {
+            return None;
+        }
+        late.heap.pop().map(|first| first.0)
+    }
+}
+
+impl PartialEq for Datagram {
+    fn eq(&self, other: &Self) -> bool {
+        self.due == other.due
+    }
+}
+
+impl Eq for Datagram {}
+
+impl PartialOrd for Datagram {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Datagram {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.due.cmp(&other.due)
+    }
+}

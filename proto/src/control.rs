@@ -1,0 +1,358 @@
+//! The control stream of a session: handshake, keepalives, GoAway (docs/protocol.md sections 3, 4 and 6).
+//!
+//! State: *dialled* → (hello, ack within [`HANDSHAKE`]) → *running* → *over*. Reading, writing and watching run beside
+//! each other, so that a write that waits for credit on a dead line never hides that the line is dead.
+//!
+//! | failure | end |
+//! | --- | --- |
+//! | no or another first frame, garbage, an over-long frame | closed with [`Reason::Protocol`] |
+//! | no whole frame within the limit | closed with [`Reason::Timeout`] |
+//! | silence for the idle time-out | closed with [`Reason::SessionLost`] |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+
+use crate::framed::{FrameReader, ReadFrameError, read_frame_within};
+use crate::transport::keepalive::{Keepalive, Verdict};
+use crate::transport::{SendHalf, Session, SessionError, StreamError};
+use crate::wire::pb::control_frame::Body;
+use crate::wire::{
+    Accepted, HandshakeError, Offer, ServerOffer, answer_hello, check_hello_ack, encode, pb,
+};
+use crate::{AgentName, Reason, ServerName, SessionId};
+
+/// Each end's limit for the whole handshake. Ten round trips of the worst satellite line.
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Frames waiting to be written. GoAways are few, and an ack that finds no room is not needed: others are on their way.
+const OUTGOING: usize = 8;
+
+/// Why a session did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The terms were not accepted.
+    #[error("agree with the other end")]
+    Handshake(#[source] HandshakeError),
+    /// The transport session failed.
+    #[error("use the session")]
+    Session(#[source] SessionError),
+    /// The control stream failed.
+    #[error("write to the control stream")]
+    Stream(#[source] StreamError),
+    /// Nothing fit to read came.
+    #[error("read the control stream")]
+    Read(#[source] ReadFrameError),
+    /// It took longer than [`HANDSHAKE`].
+    #[error("no end of the handshake within {HANDSHAKE:?}")]
+    Timeout,
+}
+
+impl ControlError {
+    /// The reason to report.
+    #[must_use]
+    pub const fn reason(&self) -> Reason {
+        match self {
+            Self::Handshake(error) => error.reason(),
+            Self::Session(error) => error.reason(),
+            Self::Stream(error) => error.reason(),
+            Self::Read(error) => error.reason(),
+            Self::Timeout => Reason::Timeout,
+        }
+    }
+}
+
+/// "Open no further sessions here": sent by an end that stops or that wants this session gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GoAway {
+    /// Why.
+    pub reason: Reason,
+    /// When its sender closes the session at the latest.
+    pub deadline: Duration,
+    /// How long to stay away.
+    pub retry_after: Duration,
+    /// Words for a log.
+    pub detail: String,
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+impl From<GoAway> for pb::ControlFrame {
+    fn from(away: GoAway) -> Self {
+        frame(Body::GoAway(pb::GoAway {
+            reason: away.reason.code(),
+            deadline_ms: millis(away.deadline),
+            retry_after_ms: millis(away.retry_after),
+            detail: away.detail,
+        }))
+    }
+}
+
+impl From<pb::GoAway> for GoAway {
+    fn from(away: pb::GoAway) -> Self {
+        Self {
+            reason: Reason::from_code(away.reason.into()),
+            deadline: Duration::from_millis(away.deadline_ms.into()),
+            retry_after: Duration::from_millis(away.retry_after_ms.into()),
+            detail: away.detail,
+        }
+    }
+}
+
+const fn frame(body: Body) -> pb::ControlFrame {
+    pb::ControlFrame { body: Some(body) }
+}
+
+/// When the other end was last heard.
+#[derive(Debug)]
+pub struct Liveness {
+    origin: Instant,
+    heard_ms: AtomicU64,
+    keepalive: Keepalive,
+}
+
+impl Liveness {
+    /// Heard now.
+    #[must_use]
+    pub fn new(keepalive: Keepalive) -> Arc<Self> {
+        Arc::new(Self { origin: Instant::now(), heard_ms: AtomicU64::new(0), keepalive })
+    }
+
+    fn heard(&self) {
+        let now = u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.heard_ms.store(now, Ordering::Relaxed);
+    }
+
+    /// For how long nothing was heard.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
+        self.origin.elapsed().saturating_sub(heard)
+    }
+
+    /// What that means.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        self.keepalive.verdict(self.silence())
+    }
+}
+
+/// Sends frames on a running control stream. Clones are handles to the same one.
+#[derive(Debug, Clone)]
+pub struct ControlHandle(mpsc::Sender<pb::ControlFrame>);
+
+impl ControlHandle {
+    /// Tells the other end to go. Says whether there was room; a control stream so stuck that there is none ends
+    /// by its idle time-out anyway.
+    pub fn go_away(&self, away: GoAway) -> bool {
+        self.0.try_send(away.into()).is_ok()
+    }
+}
+
+/// A control stream after its handshake.
+#[derive(Debug)]
+pub struct Control<S: Session> {
+    session: S,
+    send: S::Send,
+    reader: FrameReader<S::Recv>,
+    handle: mpsc::Sender<pb::ControlFrame>,
+    outgoing: mpsc::Receiver<pb::ControlFrame>,
+}
+
+impl<S: Session> Control<S> {
+    fn new(session: S, (mut send, recv): (S::Send, S::Recv)) -> Self {
+        send.prioritise();
+        let (handle, outgoing) = mpsc::channel(OUTGOING);
+        Self { session, send, reader: FrameReader::new(recv), handle, outgoing }
+    }
+
+    /// The agent's handshake, with its time limit.
+    ///
+    /// # Errors
+    /// [`ControlError`]; the session is closed with its reason.
+    pub async fn dial(session: S, ours: &Offer) -> Result<(Self, Accepted<ServerName>), ControlError> {
+        let handshake = async {
+            let stream = session.open().await.map_err(ControlError::Session)?;
+            let mut control = Self::new(session.clone(), stream);
+            control.write(&frame(Body::Hello(ours.to_pb()))).await?;
+            let answer = read_frame_within(&mut control.reader, HANDSHAKE).await;
+            let answer = answer.map_err(ControlError::Read)?;
+            let accepted = check_hello_ack(answer, ours).map_err(ControlError::Handshake)?;
+            Ok((control, accepted))
+        };
+        within_handshake(&session, handshake).await
+    }
+
+    /// The server's side up to the agent's hello, with its time limit.
+    ///
+    /// # Errors
+    /// [`ControlError`]; the session is closed with its reason.
+    pub async fn accept(session: S) -> Result<(Self, pb::Hello), ControlError> {
+        let handshake = async {
+            let stream = session.accept().await.map_err(ControlError::Session)?;
+            let mut control = Self::new(session.clone(), stream);
+            let first: pb::ControlFrame = read_frame_within(&mut control.reader, HANDSHAKE)
+                .await
+                .map_err(ControlError::Read)?;
+            match first.body {
+                Some(Body::Hello(hello)) => Ok((control, hello)),
+                Some(
+                    Body::HelloAck(_) | Body::Keepalive(_) | Body::KeepaliveAck(_) | Body::GoAway(_),
+                )
+                | None => Err(ControlError::Handshake(HandshakeError::Unexpected)),
+            }
+        };
+        within_handshake(&session, handshake).await
+    }
+
+    /// The server's answer to a hello: accepted, or refused and closed.
+    ///
+    /// # Errors
+    /// [`ControlError`]; the agent was told and the session is closed.
+    pub async fn answer(
+        mut self,
+        hello: &pb::Hello,
+        certified: &AgentName,
+        ours: &ServerOffer,
+        id: SessionId,
+        server_time_ms: i64,
+    ) -> Result<(Self, Accepted<AgentName>), ControlError> {
+        let session = self.session.clone();
+        let (ack, accepted) = match answer_hello(hello, certified, ours, id, server_time_ms) {
+            Ok(terms) => terms,
+            Err(error) => {
+                self.refuse(error.reason(), error.to_string(), Duration::ZERO).await;
+                return Err(ControlError::Handshake(error));
+            }
+        };
+        let answered = async {
+            self.write(&frame(Body::HelloAck(ack))).await?;
+            Ok((self, accepted))
+        };
+        within_handshake(&session, answered).await
+    }
+
+    /// Tells the agent why not and when to come again, then closes the session.
+    pub async fn refuse(mut self, reason: Reason, detail: String, retry_after: Duration) {
+        let away = GoAway { reason, deadline: Duration::ZERO, retry_after, detail };
+        let session = self.session.clone();
+        let told = async {
+            self.write(&away.into()).await.ok()?; // a peer that is gone needs no words
+            self.send.finish().ok()?;
+            // The agent closes once it has read why; a close of ours could overtake the words.
+            Some(session.closed().await)
+        };
+        tokio::time::timeout(HANDSHAKE, told).await.ok();
+        session.close(reason);
+    }
+
+    /// For sending frames while it runs.
+    #[must_use]
+    pub fn handle(&self) -> ControlHandle {
+        ControlHandle(self.handle.clone())
+    }
+
+    async fn write(&mut self, frame: &pb::ControlFrame) -> Result<(), ControlError> {
+        self.send.write_chunk(encode(frame)).await.map_err(ControlError::Stream)
+    }
+
+    /// Keeps the session alive and says how it ended. `on_go_away` is called for each GoAway of the other end.
+    pub async fn run(self, liveness: &Liveness, on_go_away: impl FnMut(GoAway) + Send) -> SessionError {
+        let Self { session, mut send, mut reader, handle, mut outgoing } = self;
+        liveness.heard();
+        let broken = tokio::select! {
+            biased;
+            error = session.closed() => return error,
+            reason = read_frames(&mut reader, liveness, &handle, on_go_away) => reason,
+            reason = write_frames(&mut send, liveness.keepalive, &mut outgoing) => reason,
+            reason = watch(&session, liveness) => reason,
+        };
+        // The control stream often shows first what ended the whole session.
+        tokio::select! {
+            biased;
+            error = session.closed() => error,
+            () = std::future::ready(()) => {
+                session.close(broken);
+                SessionError::Local(broken)
+            }
+        }
+    }
+}
+
+async fn within_handshake<S: Session, T>(
+    session: &S,
+    handshake: impl Future<Output = Result<T, ControlError>>,
+) -> Result<T, ControlError> {
+    let done = tokio::time::timeout(HANDSHAKE, handshake).await.unwrap_or(Err(ControlError::Timeout));
+    if let Err(error) = &done {
+        session.close(error.reason());
+    }
+    done
+}
+
+async fn read_frames<R: crate::transport::RecvHalf>(
+    reader: &mut FrameReader<R>,
+    liveness: &Liveness,
+    outgoing: &mpsc::Sender<pb::ControlFrame>,
+    mut on_go_away: impl FnMut(GoAway),
+) -> Reason {
+    loop {
+        let frame = match reader.read::<pb::ControlFrame>().await {
+            Ok(Some(frame)) => frame,
+            // The control stream lives as long as the session.
+            Ok(None) => return Reason::Protocol,
+            Err(error) => return error.reason(),
+        };
+        liveness.heard();
+        match frame.body {
+            Some(Body::Keepalive(pb::Keepalive { sequence })) => {
+                let ack = self::frame(Body::KeepaliveAck(pb::KeepaliveAck { sequence }));
+                outgoing.try_send(ack).ok(); // full: see OUTGOING
+            }
+            Some(Body::GoAway(away)) => on_go_away(away.into()),
+            // A body of a later version is a sign of life and nothing more.
+            Some(Body::KeepaliveAck(_)) | None => {}
+            Some(Body::Hello(_) | Body::HelloAck(_)) => return Reason::Protocol,
+        }
+    }
+}
+
+async fn write_frames<S: SendHalf>(
+    send: &mut S,
+    keepalive: Keepalive,
+    outgoing: &mut mpsc::Receiver<pb::ControlFrame>,
+) -> Reason {
+    let mut sequence = 0;
+    let mut due = Instant::now() + keepalive.next(rand::random());
+    loop {
+        let next = tokio::select! {
+            biased;
+            Some(frame) = outgoing.recv() => frame,
+            () = tokio::time::sleep_until(due) => {
+                due = Instant::now() + keepalive.next(rand::random());
+                sequence += 1;
+                frame(Body::Keepalive(pb::Keepalive { sequence }))
+            }
+        };
+        if let Err(error) = send.write_chunk(encode(&next)).await {
+            return error.reason();
+        }
+    }
+}
+
+async fn watch<S: Session>(session: &S, liveness: &Liveness) -> Reason {
+    loop {
+        let silence = liveness.silence();
+        match liveness.keepalive.verdict(silence) {
+            Verdict::Healthy => {}
+            Verdict::Suspect => session.nudge(),
+            Verdict::Dead => return Reason::SessionLost,
+        }
+        // A keepalive does not bear on when to look, so none is due.
+        sleep(liveness.keepalive.look_in(silence, Duration::MAX).max(Duration::from_millis(10))).await;
+    }
+}

@@ -1,0 +1,21 @@
+//! What both ends of a Corvid tunnel agree on: names, wire messages, transports, and the relay of bytes.
+//!
+//! Reading order: [`Destination`] and the other ids, [`Reason`], the messages in [`wire`], the seam in
+//! [`transport`], the [`control`] stream of a session, and [`relay`]. `docs/protocol.md` is the specification.
+//!
+//! This crate knows neither certificates nor Kubernetes, and never looks into the bytes it carries.
+
+mod budget;
+pub mod control;
+mod error;
+mod framed;
+mod id;
+mod relay;
+pub mod transport;
+pub mod wire;
+
+pub use budget::{Budget, Stopped};
+pub use error::{Fault, Reason};
+pub use framed::{FrameReader, ReadFrameError, read_frame_within};
+pub use id::{AgentName, Destination, Host, IdError, ServerName, SessionId};
+pub use relay::{Counters, Early, Local, Relay, RelayEnd, relay};

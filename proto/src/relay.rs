@@ -1,0 +1,273 @@
+//! Moves bytes between a tunnel stream and a local connection; the same function at both ends of the tunnel, and the
+//! only place that copies bytes.
+//!
+//! * Chunks go from quinn to the socket without a copy of ours (vectored), and from the socket into a buffer that is
+//!   handed over whole. No queue in between: back-pressure is the transport's and the socket's own.
+//! * End of file travels as FIN, each way alone. Anything else resets the stream with a [`Reason`]; the caller then
+//!   makes the local connection end abnormally too.
+//! * One way closed and silence on the other for `half_open` is [`Reason::HalfOpenIdle`].
+
+use std::future::{pending, poll_fn};
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::time::{Instant, sleep_until};
+
+use crate::transport::{READ_CHUNKS, RecvHalf, SendHalf};
+use crate::{Budget, Reason};
+
+/// First read buffer of a stream: most streams move little.
+const SMALL_READ: usize = 4 << 10;
+/// Largest read buffer; larger ones only cost cache (docs/performance.md).
+const LARGE_READ: usize = 64 << 10;
+
+/// What the local connection leads to, for naming its failures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Local {
+    /// Whoever asked: the relay runs at the server.
+    Requester,
+    /// What was dialled: the relay runs at the agent.
+    Destination,
+}
+
+impl Local {
+    const fn cut(self) -> Reason {
+        match self {
+            Self::Requester => Reason::RequesterReset,
+            Self::Destination => Reason::DestinationReset,
+        }
+    }
+}
+
+/// Bytes moved, readable while it runs.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// From the local connection into the tunnel.
+    into_tunnel: AtomicU64,
+    /// Out of the tunnel to the local connection.
+    out_of_tunnel: AtomicU64,
+}
+
+impl Counters {
+    /// Bytes from the local connection into the tunnel.
+    #[must_use]
+    pub fn into_tunnel(&self) -> u64 {
+        self.into_tunnel.load(Ordering::Relaxed)
+    }
+
+    /// Bytes out of the tunnel to the local connection.
+    #[must_use]
+    pub fn out_of_tunnel(&self) -> u64 {
+        self.out_of_tunnel.load(Ordering::Relaxed)
+    }
+}
+
+/// How to relay.
+#[derive(Debug, Clone)]
+pub struct Relay {
+    /// What the local connection leads to.
+    pub local: Local,
+    /// Bound of what stopped readers cost.
+    pub budget: Budget,
+    /// Longest silence of the open way once the other is closed.
+    pub half_open: Duration,
+    /// Filled as bytes move.
+    pub counters: Arc<Counters>,
+}
+
+/// How a relay ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RelayEnd {
+    /// Both ways ended with their end of file.
+    Finished,
+    /// Cut: by whom says the reason.
+    Cut(Reason),
+}
+
+/// Relays until both ways are finished, one fails, or `stop` says why to end it. `early` is what was already read
+/// from the tunnel behind the header, or from the local connection behind the request: it goes to the other side first.
+pub async fn relay<S: SendHalf, R: RecvHalf, I: AsyncRead + AsyncWrite + Unpin + Send>(
+    settings: &Relay,
+    tunnel: (&mut S, &mut R),
+    local: &mut I,
+    early: Early,
+    stop: impl Future<Output = Reason> + Send,
+) -> RelayEnd {
+    let (send, recv) = tunnel;
+    let (mut reader, mut writer) = tokio::io::split(local);
+    let ended = {
+        let mut up = pin!(into_tunnel(settings, &mut reader, send, early.from_local));
+        let mut down = pin!(out_of_tunnel(settings, recv, &mut writer, early.from_tunnel));
+        let mut stop = pin!(stop);
+        let (mut up_done, mut down_done) = (false, false);
+        loop {
+            let finished = tokio::select! {
+                biased;
+                reason = &mut stop => Err(reason),
+                end = &mut up, if !up_done => { up_done = true; end }
+                end = &mut down, if !down_done => { down_done = true; end }
+                () = silent(settings, up_done || down_done) => Err(Reason::HalfOpenIdle),
+            };
+            match finished {
+                Err(reason) => break Err(reason),
+                Ok(()) if up_done && down_done => break Ok(()),
+                Ok(()) => {}
+            }
+        }
+    };
+    match ended {
+        Ok(()) => RelayEnd::Finished,
+        Err(reason) => {
+            send.reset(reason);
+            recv.reset(reason);
+            RelayEnd::Cut(reason)
+        }
+    }
+}
+
+/// Bytes that came together with the header or request.
+#[derive(Debug, Default)]
+pub struct Early {
+    /// Behind the request, from the local connection.
+    pub from_local: Bytes,
+    /// Behind the header, from the tunnel.
+    pub from_tunnel: Bytes,
+}
+
+/// Resolves when, with one way closed, no byte moved for the whole of `half_open`.
+async fn silent(settings: &Relay, half_open: bool) {
+    if !half_open {
+        return pending().await;
+    }
+    let moved = || settings.counters.into_tunnel() + settings.counters.out_of_tunnel();
+    loop {
+        let before = moved();
+        sleep_until(Instant::now() + settings.half_open).await;
+        if moved() == before {
+            return;
+        }
+    }
+}
+
+async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
+    settings: &Relay,
+    from: &mut ReadHalf<&mut I>,
+    to: &mut S,
+    early: Bytes,
+) -> Result<(), Reason> {
+    let count = |n: usize| {
+        settings.counters.into_tunnel.fetch_add(n as u64, Ordering::Relaxed);
+    };
+    if !early.is_empty() {
+        count(early.len());
+        to.write_chunk(early).await.map_err(|error| error.reason())?;
+    }
+    let mut capacity = SMALL_READ;
+    let mut buffer = BytesMut::new();
+    loop {
+        // Small reads share what is left of a large buffer, so that a trickle does not pin a fresh one each.
+        if buffer.capacity() < SMALL_READ {
+            buffer.reserve(capacity);
+        }
+        let offered = buffer.capacity();
+        let read = from.read_buf(&mut buffer).await.map_err(|_cut| settings.local.cut())?;
+        if read == 0 {
+            return to.finish().map_err(|error| error.reason());
+        }
+        capacity = match read {
+            full if full == offered => (capacity * 2).min(LARGE_READ),
+            little if little < capacity / 4 => (capacity / 2).max(SMALL_READ),
+            _ => capacity,
+        };
+        count(read);
+        to.write_chunk(buffer.split().freeze()).await.map_err(|error| error.reason())?;
+    }
+}
+
+async fn out_of_tunnel<R: RecvHalf, I: AsyncWrite + Unpin>(
+    settings: &Relay,
+    from: &mut R,
+    to: &mut WriteHalf<&mut I>,
+    early: Bytes,
+) -> Result<(), Reason> {
+    let mut chunks = [const { Bytes::new() }; READ_CHUNKS];
+    let mut filled = 0;
+    if !early.is_empty()
+        && let Some(first) = chunks.first_mut()
+    {
+        *first = early;
+        filled = 1;
+    }
+    loop {
+        if filled > 0 {
+            let pending = chunks.get_mut(..filled).unwrap_or_default();
+            write_out(settings, to, pending).await?;
+        }
+        match from.read_chunks(&mut chunks).await.map_err(|error| error.reason())? {
+            Some(count) => filled = count,
+            None => return to.shutdown().await.map_err(|_cut| settings.local.cut()),
+        }
+    }
+}
+
+/// Writes the chunks out; while it can't, the stream counts as stopped.
+async fn write_out<I: AsyncWrite + Unpin>(
+    settings: &Relay,
+    to: &mut I,
+    chunks: &mut [Bytes],
+) -> Result<(), Reason> {
+    let cut = |_error: io::Error| settings.local.cut();
+    let mut write = pin!(write_chunks(settings, to, chunks));
+    let at_once = poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await;
+    if let Poll::Ready(wrote) = at_once {
+        return wrote.map_err(cut);
+    }
+    let stopped = settings.budget.stopped();
+    tokio::select! {
+        wrote = &mut write => wrote.map_err(cut),
+        () = stopped.evicted() => Err(Reason::SlowReader),
+    }
+}
+
+async fn write_chunks<I: AsyncWrite + Unpin>(
+    settings: &Relay,
+    to: &mut I,
+    chunks: &mut [Bytes],
+) -> io::Result<()> {
+    let mut rest = chunks;
+    loop {
+        while rest.first().is_some_and(Bytes::is_empty) {
+            rest = rest.get_mut(1..).unwrap_or_default();
+        }
+        if rest.is_empty() {
+            break;
+        }
+        let mut slices = [IoSlice::new(&[]); READ_CHUNKS];
+        for (slice, chunk) in slices.iter_mut().zip(rest.iter()) {
+            *slice = IoSlice::new(chunk);
+        }
+        let used = slices.get(..rest.len().min(READ_CHUNKS)).unwrap_or_default();
+        let mut wrote = poll_fn(|cx| Pin::new(&mut *to).poll_write_vectored(cx, used)).await?;
+        if wrote == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        settings.counters.out_of_tunnel.fetch_add(wrote as u64, Ordering::Relaxed);
+        for chunk in rest.iter_mut() {
+            let taken = wrote.min(chunk.len());
+            // Freed as soon as it is written: the transport then gives its credit back.
+            drop(chunk.split_to(taken));
+            wrote -= taken;
+            if wrote == 0 {
+                break;
+            }
+        }
+    }
+    // TLS keeps records back until it is flushed.
+    to.flush().await
+}

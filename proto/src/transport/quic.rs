@@ -1,0 +1,189 @@
+//! QUIC (RFC 9000) by quinn: the transport of choice.
+//!
+//! Two facts of quinn that this file hides: a dropped send stream is *finished*, and a connection's receive window
+//! couples its streams. So halves reset themselves when dropped, and the session's window grows with each open stream.
+
+mod endpoint;
+mod half;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+pub use endpoint::{Congestion, Endpoint, Incoming, QuicError, Tuning};
+pub use half::{QuicRecv, QuicSend};
+use quinn::VarInt;
+
+use crate::Reason;
+use crate::transport::stream::Release;
+use crate::transport::{Session, SessionError, SessionStats, Shared};
+
+/// A QUIC connection.
+#[derive(Clone)]
+pub struct QuicSession {
+    connection: quinn::Connection,
+    windows: Arc<Windows>,
+    /// The agent's own socket, to bind anew when the line is silent.
+    endpoint: Option<quinn::Endpoint>,
+}
+
+/// Keeps the session's credit above the sum of its open streams' windows.
+struct Windows {
+    connection: quinn::Connection,
+    stream_window: u32,
+    open: AtomicU32,
+}
+
+/// Streams' worth of credit beyond the open ones, for streams whose first bytes come before they are accepted.
+const SPARE_STREAMS: u32 = 4;
+
+/// Credit of a session with that many open streams. quinn announces new credit only once an eighth of the whole window
+/// was read, so a window of exactly the sum would stall the one running stream beside many stopped ones: a quarter more
+/// keeps the part that stopped streams can't take above that eighth.
+fn credit(stream_window: u32, open: u32) -> u64 {
+    let open = u64::from(open);
+    u64::from(stream_window) * (open + open / 4 + u64::from(SPARE_STREAMS))
+}
+
+impl Windows {
+    fn apply(&self, open: u32) {
+        let credit = VarInt::from_u64(credit(self.stream_window, open)).unwrap_or(VarInt::MAX);
+        self.connection.set_receive_window(credit);
+    }
+}
+
+/// One open stream's part of the credit.
+struct Open(Arc<Windows>);
+
+impl Release for Open {}
+
+impl fmt::Debug for Open {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Open")
+    }
+}
+
+impl Open {
+    fn new(windows: &Arc<Windows>) -> Self {
+        let open = windows.open.fetch_add(1, Ordering::AcqRel).saturating_add(1);
+        windows.apply(open);
+        Self(Arc::clone(windows))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let open = self.0.open.fetch_sub(1, Ordering::AcqRel).saturating_sub(1);
+        self.0.apply(open);
+    }
+}
+
+impl fmt::Debug for QuicSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QuicSession").field("remote", &self.connection.remote_address()).finish_non_exhaustive()
+    }
+}
+
+impl QuicSession {
+    fn new(connection: quinn::Connection, stream_window: u32, own: Option<quinn::Endpoint>) -> Self {
+        let windows = Arc::new(Windows {
+            connection: connection.clone(),
+            stream_window,
+            open: AtomicU32::new(0),
+        });
+        windows.apply(0);
+        Self { connection, windows, endpoint: own }
+    }
+
+    /// The certificates that the peer proved to have, leaf first.
+    #[must_use]
+    pub fn peer_certificates(&self) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+        self.connection
+            .peer_identity()
+            .and_then(|identity| identity.downcast().ok())
+            .map(|chain| *chain)
+            .unwrap_or_default()
+    }
+
+    fn halves(&self, send: quinn::SendStream, recv: quinn::RecvStream) -> (QuicSend, QuicRecv) {
+        let shared = Shared::new(Some(Box::new(Open::new(&self.windows))));
+        (QuicSend::new(send, Arc::clone(&shared)), QuicRecv::new(recv, shared))
+    }
+}
+
+impl Session for QuicSession {
+    type Send = QuicSend;
+    type Recv = QuicRecv;
+
+    async fn open(&self) -> Result<(QuicSend, QuicRecv), SessionError> {
+        let (send, recv) = self.connection.open_bi().await.map_err(|e| session_error(&e))?;
+        Ok(self.halves(send, recv))
+    }
+
+    async fn accept(&self) -> Result<(QuicSend, QuicRecv), SessionError> {
+        let (send, recv) = self.connection.accept_bi().await.map_err(|e| session_error(&e))?;
+        Ok(self.halves(send, recv))
+    }
+
+    fn close(&self, reason: Reason) {
+        self.connection.close(reason.code().into(), reason.label().as_bytes());
+    }
+
+    async fn closed(&self) -> SessionError {
+        session_error(&self.connection.closed().await)
+    }
+
+    fn nudge(&self) {
+        let Some(endpoint) = &self.endpoint else { return };
+        // A new local port makes quinn send a probe at once; the old port's mapping in a NAT may be what is broken.
+        if let Err(error) = endpoint::rebind(endpoint) {
+            tracing::debug!(%error, "could not bind a new local port");
+        }
+    }
+
+    fn remote_address(&self) -> SocketAddr {
+        let address = self.connection.remote_address();
+        SocketAddr::new(address.ip().to_canonical(), address.port())
+    }
+
+    fn stats(&self) -> SessionStats {
+        let stats = self.connection.stats();
+        SessionStats {
+            rtt: stats.path.rtt,
+            sent: stats.udp_tx.bytes,
+            received: stats.udp_rx.bytes,
+            lost_packets: stats.path.lost_packets,
+            mtu: stats.path.current_mtu,
+        }
+    }
+}
+
+/// What quinn's end of a connection means to us.
+fn session_error(error: &quinn::ConnectionError) -> SessionError {
+    use quinn::ConnectionError as E;
+    match error {
+        E::ApplicationClosed(close) => {
+            SessionError::Peer(Reason::from_code(close.error_code.into_inner()))
+        }
+        E::LocallyClosed => SessionError::Local(Reason::Cancelled),
+        E::TimedOut => SessionError::Silent,
+        E::VersionMismatch | E::CidsExhausted | E::Reset => SessionError::Transport(error.to_string()),
+        E::ConnectionClosed(close) => SessionError::Transport(close.to_string()),
+        E::TransportError(failure) => SessionError::Transport(failure.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stopped_streams_never_hold_the_credit_that_makes_quinn_announce_more() {
+        let window = u64::from(1_u32 << 20);
+        for open in 0..5000 {
+            let all = credit(1 << 20, open);
+            assert!(all - window * u64::from(open) > all / 8 + window, "{open}");
+        }
+    }
+}
