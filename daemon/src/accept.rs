@@ -235,14 +235,16 @@ fn verdict(error: &io::Error) -> Verdict {
     let Some(code) = error.raw_os_error() else {
         return Verdict::Fatal;
     };
-    match Errno::from_raw(code) {
-        Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => Verdict::Pause,
-        Errno::EBADF | Errno::EFAULT | Errno::ENOTSOCK => Verdict::Fatal,
-        #[expect(
-            clippy::wildcard_enum_match_arm,
-            reason = "errors of one connection have no complete list"
-        )]
-        _ => Verdict::Ignore,
+    let errno = Errno::from_raw(code);
+    if matches!(
+        errno,
+        Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM
+    ) {
+        Verdict::Pause
+    } else if matches!(errno, Errno::EBADF | Errno::EFAULT | Errno::ENOTSOCK) {
+        Verdict::Fatal
+    } else {
+        Verdict::Ignore
     }
 }
 

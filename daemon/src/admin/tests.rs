@@ -1,9 +1,5 @@
 //! Both endpoints over real sockets.
 
-use std::time::Duration;
-
-use bytes::Bytes;
-use http::StatusCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -24,7 +20,7 @@ impl Served {
         let tasks = Tasks::new();
         let owner = tasks.clone();
         tasks.critical("admin", async move {
-            endpoint.serve(routes, &owner).await.unwrap()
+            endpoint.serve(routes, &owner).await.unwrap();
         });
         Self { addr, tasks }
     }
@@ -72,7 +68,7 @@ impl Served {
 
 fn text(answer: Result<Bytes, ClientError>) -> Result<String, (StatusCode, String)> {
     match answer {
-        Ok(body) => Ok(String::from_utf8(body.to_vec()).unwrap()),
+        Ok(body) => Ok(String::from_utf8_lossy(&body).into_owned()),
         Err(ClientError::Status { status, body, .. }) => Err((status, body)),
         Err(error) => panic!("{}", crate::chain(&error)),
     }
@@ -262,4 +258,20 @@ async fn a_drain_ends_idle_connections() {
         0,
         "the endpoint has closed"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_says_nothing_is_let_go() {
+    let served = Served::observe(&Readiness::new(), &[]);
+    let start = tokio::time::Instant::now();
+    assert_eq!(served.raw("GET /livez HTT").await, "");
+    assert_eq!(start.elapsed().as_secs(), HEAD_TIMEOUT.as_secs());
+    assert!(served.tasks.len() <= 1, "only the listener is left");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_takes_too_long_is_given_up() {
+    let served = Served::admin(Routes::new().get("/stuck", |_| std::future::pending()));
+    let (status, _) = served.get("/stuck").await.unwrap_err();
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
 }
