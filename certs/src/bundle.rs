@@ -81,8 +81,12 @@ impl FromStr for Pin {
         }
         for (byte, pair) in pin.iter_mut().zip(hex.chunks_exact(2)) {
             let digit = |digit: &u8| char::from(*digit).to_digit(16);
-            let [high, low] = pair else { return Err(PinError) };
-            let (Some(high), Some(low)) = (digit(high), digit(low)) else { return Err(PinError) };
+            let [high, low] = pair else {
+                return Err(PinError);
+            };
+            let (Some(high), Some(low)) = (digit(high), digit(low)) else {
+                return Err(PinError);
+            };
             *byte = u8::try_from(high * 16 + low).unwrap_or_default();
         }
         Ok(Self(pin))
@@ -166,8 +170,16 @@ impl TrustBundle {
         .build()?;
         let server_verifier =
             WebPkiServerVerifier::builder_with_provider(anchors, provider).build()?;
-        let shared = Shared { roots, pins, not_after, client_verifier, server_verifier };
-        Ok(Self { shared: Arc::new(shared) })
+        let shared = Shared {
+            roots,
+            pins,
+            not_after,
+            client_verifier,
+            server_verifier,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
     }
 
     /// Reads concatenated PEM certificates; other sections and text between are ignored.
@@ -258,7 +270,9 @@ impl LiveBundle {
     /// Starts with `bundle`.
     #[must_use]
     pub fn new(bundle: TrustBundle) -> Self {
-        Self { current: Arc::new(ArcSwap::from_pointee(bundle)) }
+        Self {
+            current: Arc::new(ArcSwap::from_pointee(bundle)),
+        }
     }
 
     /// The bundle of now.
@@ -284,15 +298,25 @@ mod tests {
         let text = pin.to_string();
         assert_eq!(text.len(), "sha256:".len() + 64);
         assert_eq!(text.parse::<Pin>().unwrap(), pin);
-        assert_eq!(text.to_uppercase().replace("SHA256", "sha256").parse::<Pin>().unwrap(), pin);
+        assert_eq!(
+            text.to_uppercase()
+                .replace("SHA256", "sha256")
+                .parse::<Pin>()
+                .unwrap(),
+            pin
+        );
     }
 
     #[test]
     fn malformed_pins_are_refused() {
         let digits = "0".repeat(64);
-        for bad in
-            ["", "sha256:", &digits, &format!("sha256:{digits}0"), &format!("sha256:+{}", &digits[1..])]
-        {
+        for bad in [
+            "",
+            "sha256:",
+            &digits,
+            &format!("sha256:{digits}0"),
+            &format!("sha256:+{}", &digits[1..]),
+        ] {
             assert!(bad.parse::<Pin>().is_err(), "{bad}");
         }
     }
@@ -314,11 +338,23 @@ mod tests {
 
     #[test]
     fn a_bundle_is_neither_empty_nor_a_leaf_nor_garbage() {
-        assert!(matches!(TrustBundle::from_pem(b""), Err(BundleError::Empty)));
-        assert!(matches!(TrustBundle::from_pem(b"hello"), Err(BundleError::Empty)));
+        assert!(matches!(
+            TrustBundle::from_pem(b""),
+            Err(BundleError::Empty)
+        ));
+        assert!(matches!(
+            TrustBundle::from_pem(b"hello"),
+            Err(BundleError::Empty)
+        ));
         let leaf = TestCa::new().agent("edge1").chain_pem();
-        assert!(matches!(TrustBundle::from_pem(leaf.as_bytes()), Err(BundleError::NotAnAuthority)));
+        assert!(matches!(
+            TrustBundle::from_pem(leaf.as_bytes()),
+            Err(BundleError::NotAnAuthority)
+        ));
         let broken = x509::pem("CERTIFICATE", &[b"garbage"]);
-        assert!(matches!(TrustBundle::from_pem(broken.as_bytes()), Err(BundleError::Certificate(_))));
+        assert!(matches!(
+            TrustBundle::from_pem(broken.as_bytes()),
+            Err(BundleError::Certificate(_))
+        ));
     }
 }

@@ -84,7 +84,13 @@ impl Clock {
     }
 
     fn new(source: Source, file: Option<PathBuf>) -> Self {
-        Self { shared: Arc::new(Shared { source, file, told: Mutex::default() }) }
+        Self {
+            shared: Arc::new(Shared {
+                source,
+                file,
+                told: Mutex::default(),
+            }),
+        }
     }
 
     /// Moves a [fixed](Clock::fixed) clock; any other ignores it.
@@ -98,10 +104,15 @@ impl Clock {
     /// The later of the own clock and the last told server time (plus what passed since).
     #[must_use]
     pub fn now(&self) -> UnixTime {
-        let told = self.shared.told.lock().last.map_or(0, |(told, at)| match &self.shared.source {
-            Source::System => told.as_secs().saturating_add(at.elapsed().as_secs()),
-            Source::Fixed(_) => told.as_secs(),
-        });
+        let told = self
+            .shared
+            .told
+            .lock()
+            .last
+            .map_or(0, |(told, at)| match &self.shared.source {
+                Source::System => told.as_secs().saturating_add(at.elapsed().as_secs()),
+                Source::Fixed(_) => told.as_secs(),
+            });
         from_secs(self.own().as_secs().max(told).max(EARLIEST))
     }
 
@@ -133,7 +144,7 @@ impl Clock {
         };
         if let (true, Some(file)) = (persist, &self.shared.file) {
             let text = format!("{}\n", server_time.as_secs());
-            if let Err(error) = store::write_atomic(file, text.as_bytes(), store::MODE_PUBLIC) {
+            if let Err(error) = store::write_unsynced(file, text.as_bytes(), store::MODE_PUBLIC) {
                 tracing::debug!(%error, "could not keep the server's time");
             }
         }
@@ -165,7 +176,10 @@ pub(crate) const fn from_secs(secs: u64) -> UnixTime {
     UnixTime::since_unix_epoch(Duration::from_secs(secs))
 }
 
-#[expect(clippy::disallowed_methods, reason = "the one place that asks the system for the time")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place that asks the system for the time"
+)]
 fn system_now() -> UnixTime {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     UnixTime::since_unix_epoch(since.unwrap_or_default())
@@ -200,18 +214,27 @@ mod tests {
     #[test]
     fn the_later_of_both_clocks_counts() {
         let clock = Clock::fixed(from_secs(NOW - 5_000));
-        assert_eq!(clock.observe(from_secs(NOW), &server(NOW - 10, NOW + 10)), 5_000);
+        assert_eq!(
+            clock.observe(from_secs(NOW), &server(NOW - 10, NOW + 10)),
+            5_000
+        );
         assert_eq!(clock.now().as_secs(), NOW);
         clock.set(from_secs(NOW + 7));
         assert_eq!(clock.now().as_secs(), NOW + 7);
-        assert_eq!(clock.observe(from_secs(NOW), &server(NOW - 10, NOW + 10)), -7);
+        assert_eq!(
+            clock.observe(from_secs(NOW), &server(NOW - 10, NOW + 10)),
+            -7
+        );
         assert_eq!(clock.skew_seconds(), -7);
     }
 
     #[test]
     fn a_time_outside_the_life_of_the_servers_leaf_is_not_believed() {
         let clock = Clock::fixed(from_secs(NOW));
-        assert_eq!(clock.observe(from_secs(NOW + 11), &server(NOW - 10, NOW + 10)), 11);
+        assert_eq!(
+            clock.observe(from_secs(NOW + 11), &server(NOW - 10, NOW + 10)),
+            11
+        );
         assert_eq!(clock.now().as_secs(), NOW);
     }
 

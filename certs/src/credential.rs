@@ -51,7 +51,9 @@ impl Key {
     /// The system has no randomness.
     pub fn generate() -> Result<Self, KeyError> {
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256);
-        Ok(Self { pair: pair.map_err(KeyError::Generate)? })
+        Ok(Self {
+            pair: pair.map_err(KeyError::Generate)?,
+        })
     }
 
     /// Reads a PEM private key.
@@ -60,9 +62,10 @@ impl Key {
     /// It is none, or not on P-256.
     pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
         let der = PrivateKeyDer::from_pem_slice(pem).map_err(KeyError::Pem)?;
-        let pair =
-            rcgen::KeyPair::from_der_and_sign_algo(&der, &rcgen::PKCS_ECDSA_P256_SHA256);
-        Ok(Self { pair: pair.map_err(KeyError::Unusable)? })
+        let pair = rcgen::KeyPair::from_der_and_sign_algo(&der, &rcgen::PKCS_ECDSA_P256_SHA256);
+        Ok(Self {
+            pair: pair.map_err(KeyError::Unusable)?,
+        })
     }
 
     /// PKCS#8, PEM.
@@ -80,7 +83,11 @@ impl Key {
             return Self::from_pem(&pem);
         }
         let key = Self::generate()?;
-        store::write_atomic(path, key.to_pem().expose_secret().as_bytes(), store::MODE_SECRET)?;
+        store::write_atomic(
+            path,
+            key.to_pem().expose_secret().as_bytes(),
+            store::MODE_SECRET,
+        )?;
         Ok(key)
     }
 
@@ -167,16 +174,25 @@ impl Credential {
         let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
         let serial = Facts::read(leaf).map_err(PeerError::Malformed)?.serial;
         let secret = SecretSlice::from(key.secret_der().to_vec());
-        let key_label = match &key {
-            PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
-            PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
-            _ => "PRIVATE KEY",
+        let key_label = if matches!(key, PrivateKeyDer::Pkcs1(_)) {
+            "RSA PRIVATE KEY"
+        } else if matches!(key, PrivateKeyDer::Sec1(_)) {
+            "EC PRIVATE KEY"
+        } else {
+            "PRIVATE KEY"
         };
         let certified = CertifiedKey::from_der(chain, key, &tls_config::provider())
             .map_err(CredentialError::Mismatch)?;
-        let shared =
-            Shared { peer, serial, certified: Arc::new(certified), key: secret, key_label };
-        Ok(Self { shared: Arc::new(shared) })
+        let shared = Shared {
+            peer,
+            serial,
+            certified: Arc::new(certified),
+            key: secret,
+            key_label,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
     }
 
     /// Loads a chain and its key; finishes a [`Credential::save`] that a crash interrupted.
@@ -212,7 +228,11 @@ impl Credential {
     /// A file can't be written; the old credential is then still the one on disk.
     pub fn save(&self, chain_path: &Path, key_path: &Path) -> Result<(), StoreError> {
         let next_path = next_key_path(key_path);
-        store::write_atomic(&next_path, self.key_pem().expose_secret().as_bytes(), store::MODE_SECRET)?;
+        store::write_atomic(
+            &next_path,
+            self.key_pem().expose_secret().as_bytes(),
+            store::MODE_SECRET,
+        )?;
         store::write_atomic(chain_path, self.chain_pem().as_bytes(), store::MODE_PUBLIC)?;
         store::rename(&next_path, key_path)
     }
@@ -262,7 +282,10 @@ impl Credential {
     /// The private key, PEM.
     #[must_use]
     pub fn key_pem(&self) -> SecretString {
-        SecretString::from(x509::pem(self.shared.key_label, &[self.shared.key.expose_secret()]))
+        SecretString::from(x509::pem(
+            self.shared.key_label,
+            &[self.shared.key.expose_secret()],
+        ))
     }
 
     /// When to renew; see [`renew::renew_at`].
@@ -310,7 +333,10 @@ mod tests {
         let loaded = Credential::load(&crt, &key).unwrap();
         assert_eq!(loaded.fingerprint(), credential.fingerprint());
         assert_eq!(loaded.identity().to_string(), "spiffe://corvid/agent/edge1");
-        assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            std::fs::metadata(&key).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert!(!next_key_path(&key).exists());
     }
 
@@ -322,11 +348,20 @@ mod tests {
         let (old, new) = (ca.agent("edge1"), ca.agent("edge1"));
         old.save(&crt, &key).unwrap();
         std::fs::write(next_key_path(&key), new.key_pem().expose_secret()).unwrap();
-        assert_eq!(Credential::load(&crt, &key).unwrap().fingerprint(), old.fingerprint());
+        assert_eq!(
+            Credential::load(&crt, &key).unwrap().fingerprint(),
+            old.fingerprint()
+        );
         std::fs::write(&crt, new.chain_pem()).unwrap();
-        assert_eq!(Credential::load(&crt, &key).unwrap().fingerprint(), new.fingerprint());
+        assert_eq!(
+            Credential::load(&crt, &key).unwrap().fingerprint(),
+            new.fingerprint()
+        );
         assert!(!next_key_path(&key).exists());
-        assert_eq!(Credential::load(&crt, &key).unwrap().fingerprint(), new.fingerprint());
+        assert_eq!(
+            Credential::load(&crt, &key).unwrap().fingerprint(),
+            new.fingerprint()
+        );
     }
 
     #[test]
@@ -342,7 +377,10 @@ mod tests {
     fn key_bytes_are_not_in_debug_output() {
         let credential = TestCa::new().agent("edge1");
         let text = format!("{credential:?} {:?}", Key::generate().unwrap());
-        assert!(text.contains("agent/edge1") && !text.contains("PRIVATE"), "{text}");
+        assert!(
+            text.contains("agent/edge1") && !text.contains("PRIVATE"),
+            "{text}"
+        );
         assert!(text.len() < 400, "{text}");
     }
 
@@ -351,6 +389,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         let first = Key::load_or_create(&path).unwrap();
-        assert_eq!(Key::load_or_create(&path).unwrap().public_key(), first.public_key());
+        assert_eq!(
+            Key::load_or_create(&path).unwrap().public_key(),
+            first.public_key()
+        );
     }
 }

@@ -6,7 +6,9 @@
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 use rustls_pki_types::CertificateSigningRequestDer;
 use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_SIG_ECDSA_WITH_SHA256};
+use x509_parser::oid_registry::{
+    OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_SIG_ECDSA_WITH_SHA256,
+};
 use x509_parser::prelude::FromDer as _;
 
 use crate::credential::Key;
@@ -51,7 +53,9 @@ impl Csr {
     pub fn make(key: &Key) -> Result<Vec<u8>, CsrError> {
         let mut params = rcgen::CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        let request = params.serialize_request(key.pair()).map_err(CsrError::Make)?;
+        let request = params
+            .serialize_request(key.pair())
+            .map_err(CsrError::Make)?;
         Ok(CertificateSigningRequestDer::from(request).to_vec())
     }
 
@@ -71,7 +75,11 @@ impl Csr {
         }
         let info = &request.certification_request_info;
         let key = &info.subject_pki;
-        let curve = key.algorithm.parameters.as_ref().and_then(|curve| curve.as_oid().ok());
+        let curve = key
+            .algorithm
+            .parameters
+            .as_ref()
+            .and_then(|curve| curve.as_oid().ok());
         if key.algorithm.algorithm != OID_KEY_TYPE_EC_PUBLIC_KEY
             || curve != Some(OID_EC_P256)
             || request.signature_algorithm.algorithm != OID_SIG_ECDSA_WITH_SHA256
@@ -79,10 +87,15 @@ impl Csr {
             return Err(CsrError::Algorithm);
         }
         let point = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &key.subject_public_key.data);
-        if point.verify(info.raw, &request.signature_value.data).is_err() {
+        if point
+            .verify(info.raw, &request.signature_value.data)
+            .is_err()
+        {
             return Err(CsrError::Signature);
         }
-        Ok(Self { public_key: key.raw.to_vec() })
+        Ok(Self {
+            public_key: key.raw.to_vec(),
+        })
     }
 
     /// The digest of its public key.
@@ -93,7 +106,9 @@ impl Csr {
 
     /// For a key of our own, which needs no proof.
     pub(crate) fn of_own_key(key: &Key) -> Self {
-        Self { public_key: key.public_key() }
+        Self {
+            public_key: key.public_key(),
+        }
     }
 
     /// Subject public key info, DER.
@@ -119,7 +134,10 @@ mod tests {
         let (mine, stolen) = (Key::generate().unwrap(), Key::generate().unwrap());
         let der = Csr::make(&mine).unwrap();
         let (from, to) = (mine.public_key(), stolen.public_key());
-        let at = der.windows(from.len()).position(|window| window == from).unwrap();
+        let at = der
+            .windows(from.len())
+            .position(|window| window == from)
+            .unwrap();
         let forged = [&der[..at], &to, &der[at + from.len()..]].concat();
         assert!(matches!(Csr::check(&forged), Err(CsrError::Signature)));
     }
@@ -127,8 +145,13 @@ mod tests {
     #[test]
     fn other_algorithms_are_refused() {
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
-        let request = rcgen::CertificateParams::default().serialize_request(&pair).unwrap();
-        assert!(matches!(Csr::check(request.der()), Err(CsrError::Algorithm)));
+        let request = rcgen::CertificateParams::default()
+            .serialize_request(&pair)
+            .unwrap();
+        assert!(matches!(
+            Csr::check(request.der()),
+            Err(CsrError::Algorithm)
+        ));
     }
 
     #[test]
@@ -138,6 +161,9 @@ mod tests {
             assert!(Csr::check(&der[..length]).is_err(), "{length}");
         }
         assert!(Csr::check(&[der.as_slice(), b"x"].concat()).is_err());
-        assert!(matches!(Csr::check(&vec![0x30; MAX_CSR + 1]), Err(CsrError::Malformed)));
+        assert!(matches!(
+            Csr::check(&vec![0x30; MAX_CSR + 1]),
+            Err(CsrError::Malformed)
+        ));
     }
 }

@@ -128,7 +128,9 @@ impl HandshakeFailure {
     fn of_quic_code(code: u64) -> Self {
         code.checked_sub(0x100)
             .and_then(|alert| u8::try_from(alert).ok())
-            .map_or(Self::Protocol, |alert| Self::of_alert(AlertDescription::from(alert)))
+            .map_or(Self::Protocol, |alert| {
+                Self::of_alert(AlertDescription::from(alert))
+            })
     }
 
     fn of_tls(error: &rustls::Error) -> Self {
@@ -150,12 +152,22 @@ impl HandshakeFailure {
 
         if let Certificate::Other(other) = error {
             let pin = other.0.downcast_ref::<PinMismatch>();
-            return if pin.is_some() { Self::PinMismatch } else { Self::BadCertificate };
+            return if pin.is_some() {
+                Self::PinMismatch
+            } else {
+                Self::BadCertificate
+            };
         }
-        if matches!(error, Certificate::NotValidYet | Certificate::NotValidYetContext { .. }) {
+        if matches!(
+            error,
+            Certificate::NotValidYet | Certificate::NotValidYetContext { .. }
+        ) {
             return Self::NotYetValid;
         }
-        if matches!(error, Certificate::NotValidForName | Certificate::NotValidForNameContext { .. }) {
+        if matches!(
+            error,
+            Certificate::NotValidForName | Certificate::NotValidForNameContext { .. }
+        ) {
             return Self::WrongName;
         }
         Self::of_alert(AlertDescription::from(error.clone()))
@@ -172,8 +184,11 @@ impl HandshakeFailure {
             Self::NoCertificate
         } else if alert == AlertDescription::NoApplicationProtocol {
             Self::Alpn
-        } else if [AlertDescription::AccessDenied, AlertDescription::UnsupportedCertificate]
-            .contains(&alert)
+        } else if [
+            AlertDescription::AccessDenied,
+            AlertDescription::UnsupportedCertificate,
+        ]
+        .contains(&alert)
         {
             Self::WrongRole
         } else if [
@@ -214,7 +229,10 @@ mod tests {
         let outer = io::Error::other(io);
         assert_eq!(HandshakeFailure::of(&outer), HandshakeFailure::Revoked);
         let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
-        assert_eq!(HandshakeFailure::of(&refused), HandshakeFailure::Unreachable);
+        assert_eq!(
+            HandshakeFailure::of(&refused),
+            HandshakeFailure::Unreachable
+        );
     }
 
     #[test]
@@ -224,14 +242,20 @@ mod tests {
             (Certificate::Expired, HandshakeFailure::Expired),
             (Certificate::Revoked, HandshakeFailure::Revoked),
             (Certificate::UnknownIssuer, HandshakeFailure::UnknownIssuer),
-            (Certificate::ApplicationVerificationFailure, HandshakeFailure::WrongRole),
+            (
+                Certificate::ApplicationVerificationFailure,
+                HandshakeFailure::WrongRole,
+            ),
             (Certificate::BadEncoding, HandshakeFailure::BadCertificate),
         ];
         for (error, failure) in cases {
             let alert = AlertDescription::from(error.clone());
             let here = rustls::Error::InvalidCertificate(error);
             assert_eq!(HandshakeFailure::of(&here), failure);
-            assert_eq!(HandshakeFailure::of(&rustls::Error::AlertReceived(alert)), failure);
+            assert_eq!(
+                HandshakeFailure::of(&rustls::Error::AlertReceived(alert)),
+                failure
+            );
             let code = 0x100 + u64::from(u8::from(alert));
             assert_eq!(HandshakeFailure::of_quic_code(code), failure);
         }

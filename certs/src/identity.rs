@@ -87,9 +87,15 @@ fn check_subdomain(text: &str) -> Result<(), IdentityError> {
             && label.len() <= MAX_LABEL
             && !label.starts_with('-')
             && !label.ends_with('-')
-            && label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+            && label
+                .bytes()
+                .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
     };
-    if text.split('.').all(good_label) { Ok(()) } else { Err(IdentityError::Label) }
+    if text.split('.').all(good_label) {
+        Ok(())
+    } else {
+        Err(IdentityError::Label)
+    }
 }
 
 /// The name of an agent, a client or a server: a DNS-1123 subdomain, as node names are.
@@ -223,7 +229,11 @@ impl Identity {
     /// Puts an identity together.
     #[must_use]
     pub const fn new(trust_domain: TrustDomain, role: Role, name: Name) -> Self {
-        Self { trust_domain, role, name }
+        Self {
+            trust_domain,
+            role,
+            name,
+        }
     }
 
     /// Reads the URI of a certificate.
@@ -244,7 +254,11 @@ impl Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}/{}/{}", self.trust_domain, self.role, self.name)
+        write!(
+            f,
+            "spiffe://{}/{}/{}",
+            self.trust_domain, self.role, self.name
+        )
     }
 }
 
@@ -264,8 +278,11 @@ mod tests {
 
     #[test]
     fn an_identity_survives_the_way_through_its_uri() {
-        for uri in ["spiffe://corvid/agent/edge1", "spiffe://a.b/server/x.y-z.0", "spiffe://c/client/k"]
-        {
+        for uri in [
+            "spiffe://corvid/agent/edge1",
+            "spiffe://a.b/server/x.y-z.0",
+            "spiffe://c/client/k",
+        ] {
             assert_eq!(Identity::parse(uri).unwrap().to_string(), uri);
         }
     }
@@ -292,12 +309,32 @@ mod tests {
 
     #[test]
     fn names_are_dns_1123_subdomains() {
-        let longest = format!("{}.{}.{}.{}", "a".repeat(63), "b".repeat(63), "c".repeat(63), "d".repeat(61));
+        let longest = format!(
+            "{}.{}.{}.{}",
+            "a".repeat(63),
+            "b".repeat(63),
+            "c".repeat(63),
+            "d".repeat(61)
+        );
         assert_eq!(longest.len(), 253);
         for good in ["a", "0", "edge-1", "a.b", &longest] {
             assert!(Name::parse(good).is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "a..b", ".a", "a.", "A", "a_b", "é", "a b", "a\0", &"a".repeat(64), &format!("{longest}x")] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "a..b",
+            ".a",
+            "a.",
+            "A",
+            "a_b",
+            "é",
+            "a b",
+            "a\0",
+            &"a".repeat(64),
+            &format!("{longest}x"),
+        ] {
             assert!(Name::parse(bad).is_err(), "{bad}");
         }
     }

@@ -167,7 +167,10 @@ impl Issuer {
 
     /// An authority that is nowhere on disk.
     #[cfg(any(test, feature = "test-util"))]
-    pub(crate) fn in_memory(trust_domain: &TrustDomain, now: UnixTime) -> Result<Self, IssuerError> {
+    pub(crate) fn in_memory(
+        trust_domain: &TrustDomain,
+        now: UnixTime,
+    ) -> Result<Self, IssuerError> {
         let key = Key::generate()?;
         let root = make_root(&key, trust_domain, now)?;
         Self::new(key, root.clone(), root, trust_domain.clone())
@@ -189,12 +192,19 @@ impl Issuer {
         bundle: TrustBundle,
         trust_domain: TrustDomain,
     ) -> Result<Self, IssuerError> {
-        let [certificate] = root.roots() else { return Err(IssuerError::KeyMismatch) };
+        let [certificate] = root.roots() else {
+            return Err(IssuerError::KeyMismatch);
+        };
         if root.pins() != [Pin::of_public_key(&key.public_key())] {
             return Err(IssuerError::KeyMismatch);
         }
         let signer = rcgen::Issuer::from_ca_cert_der(certificate, key.into_pair())?;
-        Ok(Self { signer, trust_domain, root, bundle })
+        Ok(Self {
+            signer,
+            trust_domain,
+            root,
+            bundle,
+        })
     }
 
     /// The root that signs, and the old ones that are still trusted.
@@ -206,7 +216,9 @@ impl Issuer {
     /// The pin of the root that signs, for new agents.
     #[must_use]
     pub fn pin(&self) -> Pin {
-        Pin::of_public_key(&rcgen::PublicKeyData::subject_public_key_info(self.signer.key()))
+        Pin::of_public_key(&rcgen::PublicKeyData::subject_public_key_info(
+            self.signer.key(),
+        ))
     }
 
     /// When the root that signs expires.
@@ -233,7 +245,10 @@ impl Issuer {
     ) -> Result<IssuedChain, IssuerError> {
         let profile = self.profile(Role::Agent, name, now, AGENT_LIFE);
         let leaf = self.sign(&profile, csr)?;
-        Ok(IssuedChain { chain: vec![leaf], not_after: profile.not_after })
+        Ok(IssuedChain {
+            chain: vec![leaf],
+            not_after: profile.not_after,
+        })
     }
 
     /// Makes a key and a server's leaf for it: 90 days, server and (for peers) client authentication,
@@ -291,18 +306,29 @@ impl Issuer {
         let role = profile.identity.role;
         // X.520 limits a common name to 64 characters; nobody decides anything by it.
         let name = profile.identity.name.as_str();
-        let common_name = if name.len() <= 64 { name } else { role.as_str() };
-        params.distinguished_name.push(DnType::CommonName, common_name);
+        let common_name = if name.len() <= 64 {
+            name
+        } else {
+            role.as_str()
+        };
+        params
+            .distinguished_name
+            .push(DnType::CommonName, common_name);
         let uri = profile.identity.to_string().try_into()?;
         params.subject_alt_names.push(SanType::URI(uri));
-        params.subject_alt_names.extend(profile.sans.iter().cloned());
+        params
+            .subject_alt_names
+            .extend(profile.sans.iter().cloned());
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match role {
             Role::Agent | Role::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
             Role::Server => {
-                vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
+                vec![
+                    ExtendedKeyUsagePurpose::ServerAuth,
+                    ExtendedKeyUsagePurpose::ClientAuth,
+                ]
             }
         };
         let public_key = SubjectPublicKeyInfo::from_der(csr.public_key())?;
@@ -337,7 +363,11 @@ pub fn export_client(
         store::MODE_SECRET,
     )?;
     let chain = credential.chain_pem();
-    store::write_atomic(&dir.join(format!("{name}.crt")), chain.as_bytes(), store::MODE_PUBLIC)?;
+    store::write_atomic(
+        &dir.join(format!("{name}.crt")),
+        chain.as_bytes(),
+        store::MODE_PUBLIC,
+    )?;
     bundle.save(&dir.join("ca.crt"))
 }
 
@@ -346,21 +376,35 @@ pub(crate) fn server_sans(sans: &ServerSans) -> Result<Vec<SanType>, IssuerError
     let fixed = SERVER_SNI.to_owned();
     let dns = std::iter::once(&fixed).chain(&sans.dns_names).map(|name| {
         let san = name.as_str().try_into().map(SanType::DnsName);
-        san.map_err(|source| IssuerError::DnsName { name: name.clone(), source })
+        san.map_err(|source| IssuerError::DnsName {
+            name: name.clone(),
+            source,
+        })
     });
-    let addresses = sans.ip_addresses.iter().map(|address| Ok(SanType::IpAddress(*address)));
+    let addresses = sans
+        .ip_addresses
+        .iter()
+        .map(|address| Ok(SanType::IpAddress(*address)));
     dns.chain(addresses).collect()
 }
 
-fn make_root(key: &Key, trust_domain: &TrustDomain, now: UnixTime) -> Result<TrustBundle, IssuerError> {
+fn make_root(
+    key: &Key,
+    trust_domain: &TrustDomain,
+    now: UnixTime,
+) -> Result<TrustBundle, IssuerError> {
     let start = from_secs(now.as_secs().saturating_sub(BACKDATE.as_secs()));
     let end = from_secs(now.as_secs().saturating_add(ROOT_LIFE.as_secs()));
     let mut params = params(start, end)?;
     // Part of the pin in the subject tells an old root from a new one, to people and to webpki.
     let pin = Pin::of_public_key(&key.public_key()).to_string();
     let mark: String = pin.chars().skip("sha256:".len()).take(8).collect();
-    params.distinguished_name.push(DnType::CommonName, format!("Corvid CA {mark}"));
-    params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
+    params
+        .distinguished_name
+        .push(DnType::CommonName, format!("Corvid CA {mark}"));
+    params
+        .distinguished_name
+        .push(DnType::OrganizationName, trust_domain.as_str());
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let root = params.self_signed(key.pair())?;
@@ -395,11 +439,20 @@ fn old_roots(dir: &Path, root: &TrustBundle) -> Result<TrustBundle, IssuerError>
     let listing = match std::fs::read_dir(dir) {
         Ok(listing) => listing,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(root.clone()),
-        Err(source) => return Err(StoreError::Read { path: dir.to_owned(), source }.into()),
+        Err(source) => {
+            return Err(StoreError::Read {
+                path: dir.to_owned(),
+                source,
+            }
+            .into());
+        }
     };
     let mut paths = Vec::new();
     for entry in listing {
-        let entry = entry.map_err(|source| StoreError::Read { path: dir.to_owned(), source })?;
+        let entry = entry.map_err(|source| StoreError::Read {
+            path: dir.to_owned(),
+            source,
+        })?;
         let path = entry.path();
         if path.extension().is_some_and(|extension| extension == "crt") {
             paths.push(path);
@@ -439,19 +492,31 @@ mod tests {
         let first = authority(&dir);
         assert_eq!(authority(&dir).pin(), first.pin());
         assert_eq!(first.bundle().pins(), [first.pin()]);
-        let mode = |file: &str| std::fs::metadata(dir.join(file)).unwrap().permissions().mode();
+        let mode = |file: &str| {
+            std::fs::metadata(dir.join(file))
+                .unwrap()
+                .permissions()
+                .mode()
+        };
         assert_eq!(mode("ca.key") & 0o777, 0o600);
         assert_eq!(mode("") & 0o777, 0o700);
-        assert_eq!(first.not_after().as_secs(), NOW.as_secs() + ROOT_LIFE.as_secs());
+        assert_eq!(
+            first.not_after().as_secs(),
+            NOW.as_secs() + ROOT_LIFE.as_secs()
+        );
     }
 
     #[test]
     fn processes_that_start_at_once_make_one_root() {
         let dir = tempfile::tempdir().unwrap();
         let pins: Vec<Pin> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..8).map(|_| scope.spawn(|| authority(dir.path()).pin())).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            let threads: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| authority(dir.path()).pin()))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
         });
         assert!(pins.iter().all(|pin| *pin == pins[0]));
     }
@@ -501,8 +566,12 @@ mod tests {
         let key = Key::generate().unwrap();
         let csr = Csr::check(&Csr::make(&key).unwrap()).unwrap();
         let agent = issuer.sign_agent(&name("edge1"), &csr, NOW).unwrap();
-        let server = issuer.issue_server(&name("s1"), &ServerSans::default(), NOW).unwrap();
-        let client = issuer.issue_client(&name("kube"), CLIENT_DAYS, NOW).unwrap();
+        let server = issuer
+            .issue_server(&name("s1"), &ServerSans::default(), NOW)
+            .unwrap();
+        let client = issuer
+            .issue_client(&name("kube"), CLIENT_DAYS, NOW)
+            .unwrap();
         let life = |not_after: UnixTime| not_after.as_secs() - NOW.as_secs();
         assert_eq!(life(agent.not_after), 86_400);
         assert_eq!(life(server.not_after()), 90 * 86_400);
@@ -518,7 +587,10 @@ mod tests {
         assert_eq!(usage(&agent.chain[0]), (false, true));
         assert_eq!(usage(&server.chain()[0]), (true, true));
         assert_eq!(usage(&client.chain()[0]), (false, true));
-        assert_eq!(Facts::read(&agent.chain[0]).unwrap().public_key, key.public_key());
+        assert_eq!(
+            Facts::read(&agent.chain[0]).unwrap().public_key,
+            key.public_key()
+        );
     }
 
     #[test]
@@ -528,11 +600,16 @@ mod tests {
             dns_names: vec!["proxy.example.com".to_owned()],
             ip_addresses: vec!["203.0.113.10".parse().unwrap()],
         };
-        let leaf = authority(dir.path()).issue_server(&name("s1"), &sans, NOW).unwrap();
+        let leaf = authority(dir.path())
+            .issue_server(&name("s1"), &sans, NOW)
+            .unwrap();
         let facts = Facts::read(&leaf.chain()[0]).unwrap();
         assert_eq!(facts.dns_names, [SERVER_SNI, "proxy.example.com"]);
         assert_eq!(facts.uris, ["spiffe://corvid/server/s1"]);
-        let bad = ServerSans { dns_names: vec!["bücher.de".to_owned()], ..ServerSans::default() };
+        let bad = ServerSans {
+            dns_names: vec!["bücher.de".to_owned()],
+            ..ServerSans::default()
+        };
         let refused = authority(dir.path()).issue_server(&name("s1"), &bad, NOW);
         assert!(matches!(refused, Err(IssuerError::DnsName { .. })));
     }
@@ -542,7 +619,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let issuer = authority(dir.path());
         let late = from_secs(issuer.not_after().as_secs() - 60);
-        let client = issuer.issue_client(&name("kube"), CLIENT_DAYS, late).unwrap();
+        let client = issuer
+            .issue_client(&name("kube"), CLIENT_DAYS, late)
+            .unwrap();
         assert_eq!(client.not_after(), issuer.not_after());
     }
 
@@ -567,7 +646,10 @@ mod tests {
         assert_eq!(loaded.fingerprint(), client.fingerprint());
         let key = std::fs::metadata(out.join("kube.key")).unwrap();
         assert_eq!(key.permissions().mode() & 0o777, 0o600);
-        assert_eq!(TrustBundle::load(&out.join("ca.crt")).unwrap().pins(), [issuer.pin()]);
+        assert_eq!(
+            TrustBundle::load(&out.join("ca.crt")).unwrap().pins(),
+            [issuer.pin()]
+        );
     }
 
     #[test]

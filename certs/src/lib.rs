@@ -11,6 +11,7 @@ mod bundle;
 mod clock;
 mod credential;
 mod csr;
+mod enroll;
 mod failure;
 mod identity;
 mod issuer;
@@ -20,6 +21,8 @@ mod store;
 #[cfg(any(test, feature = "test-util"))]
 pub mod test_ca;
 pub mod tls_config;
+mod token;
+mod token_store;
 mod verify;
 mod x509;
 
@@ -27,6 +30,10 @@ pub use bundle::{BundleError, LiveBundle, Pin, PinError, TrustBundle};
 pub use clock::Clock;
 pub use credential::{Credential, CredentialError, Key, KeyError};
 pub use csr::{Csr, CsrError, KeyDigest, MAX_CSR};
+pub use enroll::{
+    AgentFiles, AgentFilesError, EnrollError, EnrollLimits, EnrollRequest, EnrollService, Enrolled,
+    ServeError, enroll, renew,
+};
 pub use failure::HandshakeFailure;
 pub use identity::{Identity, IdentityError, Name, Role, SERVER_SNI, TrustDomain};
 pub use issuer::{
@@ -38,9 +45,13 @@ pub use renew::{renew_at, retry_after};
 pub use rustls_pki_types::UnixTime;
 pub use store::{MODE_PUBLIC, MODE_SECRET, StoreError, write_atomic};
 pub use tls_config::{
-    ALPN_ENROLL, ALPN_TUNNEL, Own, TlsConfigError, enroll_client, enroll_client_pinned, enroll_server,
-    frontend_client, frontend_server, frontend_server_optional, provider, tunnel_client,
-    tunnel_client_quic, tunnel_server, tunnel_server_quic,
+    ALPN_ENROLL, ALPN_TUNNEL, Own, TlsConfigError, enroll_client, enroll_client_pinned,
+    enroll_server, frontend_client, frontend_server, frontend_server_optional, provider,
+    tunnel_client, tunnel_client_quic, tunnel_server, tunnel_server_quic,
+};
+pub use token::{AgentPattern, JoinToken, NoRandomness, PatternError, TokenError};
+pub use token_store::{
+    AgentEntry, MAX_USES, NewToken, RedeemError, Snapshot, Store, TokenEntry, TokenStoreError,
 };
 pub use verify::{
     FrontendTrust, OperatorPki, OperatorPkiError, Peer, PeerError, Revocations, RuleError, peer,

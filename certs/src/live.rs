@@ -24,7 +24,9 @@ impl LiveCredential {
     /// Starts with `credential`.
     #[must_use]
     pub fn new(credential: Credential) -> Self {
-        Self { current: Arc::new(ArcSwap::from_pointee(credential)) }
+        Self {
+            current: Arc::new(ArcSwap::from_pointee(credential)),
+        }
     }
 
     /// The credential of now.

@@ -41,7 +41,11 @@ pub fn retry_after(attempt: u32, left: Duration, jitter: f64) -> Duration {
 
 /// Anything that is no number between 0 and 1 becomes the nearest one.
 const fn unit(jitter: f64) -> f64 {
-    if jitter.is_nan() { 0.0 } else { jitter.clamp(0.0, 1.0) }
+    if jitter.is_nan() {
+        0.0
+    } else {
+        jitter.clamp(0.0, 1.0)
+    }
 }
 
 #[cfg(test)]
@@ -70,7 +74,10 @@ mod tests {
 
     #[test]
     fn retries_come_closer_as_the_end_does() {
-        assert_eq!(retry_after(20, Duration::from_secs(400), 1.0), Duration::from_secs(100));
+        assert_eq!(
+            retry_after(20, Duration::from_secs(400), 1.0),
+            Duration::from_secs(100)
+        );
         assert_eq!(retry_after(20, Duration::ZERO, 1.0), FIRST_RETRY);
     }
 

@@ -50,10 +50,30 @@ pub enum StoreError {
 /// # Errors
 /// The directory can't be written, the disk is full; the old file is then untouched.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
-    replace(path, bytes, mode).map_err(|source| StoreError::Write { path: path.to_owned(), source })
+    let replaced = replace(path, bytes, mode, Durability::Synced);
+    replaced.map_err(|source| StoreError::Write {
+        path: path.to_owned(),
+        source,
+    })
 }
 
-fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+/// As [`write_atomic`], without waiting for the disk: after a crash the file may be the old one or empty.
+/// For what may be lost, and is written where nothing may block for long.
+pub(crate) fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
+    let replaced = replace(path, bytes, mode, Durability::Unsynced);
+    replaced.map_err(|source| StoreError::Write {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    Synced,
+    Unsynced,
+}
+
+fn replace(path: &Path, bytes: &[u8], mode: u32, durability: Durability) -> io::Result<()> {
     let dir = parent(path);
     let mut temp = tempfile::Builder::new()
         .prefix(".corvid-")
@@ -61,7 +81,12 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
         .tempfile_in(dir)?;
     temp.write_all(bytes)?;
     // Set on the open file, not at creation, where the umask would have its say.
-    temp.as_file().set_permissions(fs::Permissions::from_mode(mode))?;
+    temp.as_file()
+        .set_permissions(fs::Permissions::from_mode(mode))?;
+    if durability == Durability::Unsynced {
+        temp.persist(path)?;
+        return Ok(());
+    }
     temp.as_file().sync_all()?;
     temp.persist(path)?;
     File::open(dir)?.sync_all()
@@ -70,7 +95,10 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
 /// Renames within one directory and syncs it.
 pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), StoreError> {
     let renamed = fs::rename(from, to).and_then(|()| File::open(parent(to))?.sync_all());
-    renamed.map_err(|source| StoreError::Write { path: to.to_owned(), source })
+    renamed.map_err(|source| StoreError::Write {
+        path: to.to_owned(),
+        source,
+    })
 }
 
 /// The whole content; `None` if there is no such file.
@@ -78,13 +106,19 @@ pub(crate) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, StoreError> 
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(StoreError::Read { path: path.to_owned(), source }),
+        Err(source) => Err(StoreError::Read {
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 
 /// The whole content.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, StoreError> {
-    fs::read(path).map_err(|source| StoreError::Read { path: path.to_owned(), source })
+    fs::read(path).map_err(|source| StoreError::Read {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Makes a directory (0700) and those above it where missing.
@@ -93,7 +127,10 @@ pub(crate) fn create_dir(path: &Path) -> Result<(), StoreError> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .map_err(|source| StoreError::Write { path: path.to_owned(), source })
+        .map_err(|source| StoreError::Write {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 /// An exclusive lock between processes and between threads, held until dropped.
@@ -106,13 +143,20 @@ impl FileLock {
     /// Waits for the lock on `path`, which is made if missing and never removed.
     pub(crate) fn hold(path: &Path) -> Result<Self, StoreError> {
         let open = || {
-            let file = File::options().create(true).truncate(false).write(true).open(path)?;
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(path)?;
             file.lock()?;
             Ok(file)
         };
         open()
             .map(|file| Self { _file: file })
-            .map_err(|source| StoreError::Lock { path: path.to_owned(), source })
+            .map_err(|source| StoreError::Lock {
+                path: path.to_owned(),
+                source,
+            })
     }
 }
 
@@ -150,8 +194,10 @@ mod tests {
         // A directory can't be replaced by a file: the rename fails after everything was written.
         fs::create_dir(dir.path().join("taken")).unwrap();
         write_atomic(&dir.path().join("taken"), b"x", MODE_PUBLIC).unwrap_err();
-        let mut names: Vec<_> =
-            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
         names.sort();
         assert_eq!(names, ["file", "taken"]);
     }

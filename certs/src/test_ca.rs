@@ -85,7 +85,10 @@ impl TestLeaf {
     }
 }
 
-#[expect(clippy::expect_used, reason = "for tests alone, where a panic is the report")]
+#[expect(
+    clippy::expect_used,
+    reason = "for tests alone, where a panic is the report"
+)]
 impl TestCa {
     /// An authority of the default trust domain.
     #[must_use]
@@ -97,7 +100,10 @@ impl TestCa {
     #[must_use]
     pub fn of_trust_domain(trust_domain: &TrustDomain) -> Self {
         let issuer = Issuer::in_memory(trust_domain, now()).expect("an authority");
-        Self { issuer: Arc::new(issuer), trust_domain: trust_domain.clone() }
+        Self {
+            issuer: Arc::new(issuer),
+            trust_domain: trust_domain.clone(),
+        }
     }
 
     /// The authority as the product knows it.
@@ -149,7 +155,10 @@ impl TestCa {
             identity: Identity::new(trust_domain, leaf.role, name),
             not_before: at(leaf.starts_in),
             not_after: at(leaf.ends_in),
-            sans: leaf.dns_names.as_ref().map_or_else(|| usual_sans(leaf.role), |names| sans(names)),
+            sans: leaf
+                .dns_names
+                .as_ref()
+                .map_or_else(|| usual_sans(leaf.role), |names| sans(names)),
         };
         self.issuer.issue(&profile).expect("a signed leaf")
     }
@@ -164,18 +173,30 @@ impl TestCa {
     #[must_use]
     pub fn plain_client(&self, common_name: &str, uris: &[&str]) -> (String, String) {
         let (leaf, key) = self.plain(common_name, uris);
-        (crate::x509::pem("CERTIFICATE", &[leaf]), key.serialize_pem())
+        (
+            crate::x509::pem("CERTIFICATE", &[leaf]),
+            key.serialize_pem(),
+        )
     }
 
     fn plain(&self, common_name: &str, uris: &[&str]) -> (CertificateDer<'static>, rcgen::KeyPair) {
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, common_name);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, common_name);
         for uri in uris {
-            params.subject_alt_names.push(SanType::URI((*uri).try_into().expect("a URI")));
+            params
+                .subject_alt_names
+                .push(SanType::URI((*uri).try_into().expect("a URI")));
         }
         let key = rcgen::KeyPair::generate().expect("a key");
-        (self.issuer.sign_plain(&params, &key).expect("a signed leaf"), key)
+        (
+            self.issuer
+                .sign_plain(&params, &key)
+                .expect("a signed leaf"),
+            key,
+        )
     }
 
     /// What a side has that holds `credential` and trusts this authority.
@@ -211,13 +232,22 @@ pub fn in_seconds(seconds: i64) -> UnixTime {
 /// A day.
 pub const DAY: Duration = Duration::from_secs(86_400);
 
-#[expect(clippy::expect_used, reason = "for tests alone, where a panic is the report")]
+#[expect(
+    clippy::expect_used,
+    reason = "for tests alone, where a panic is the report"
+)]
 fn sans(names: &[String]) -> Vec<SanType> {
     let name = |name: &String| name.as_str().try_into().expect("a DNS name");
-    names.iter().map(|text| SanType::DnsName(name(text))).collect()
+    names
+        .iter()
+        .map(|text| SanType::DnsName(name(text)))
+        .collect()
 }
 
-#[expect(clippy::expect_used, reason = "for tests alone, where a panic is the report")]
+#[expect(
+    clippy::expect_used,
+    reason = "for tests alone, where a panic is the report"
+)]
 fn usual_sans(role: Role) -> Vec<SanType> {
     match role {
         Role::Agent | Role::Client => Vec::new(),

@@ -25,7 +25,8 @@ use crate::clock::Clock;
 use crate::identity::{Role, TrustDomain};
 use crate::live::LiveCredential;
 use crate::verify::{
-    ClientVerifier, FrontendTrust, PinnedVerifier, Presence, Revocations, ServerName, ServerVerifier,
+    ClientVerifier, FrontendTrust, PinnedVerifier, Presence, Revocations, ServerName,
+    ServerVerifier,
 };
 
 /// ALPN of the tunnel over QUIC.
@@ -75,8 +76,11 @@ const TLS12_SUITES: [SupportedCipherSuite; 6] = [
     cipher_suite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 ];
 
-const KEY_EXCHANGES: [&dyn SupportedKxGroup; 3] =
-    [kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1];
+const KEY_EXCHANGES: [&dyn SupportedKxGroup; 3] = [
+    kx_group::X25519MLKEM768,
+    kx_group::X25519,
+    kx_group::SECP256R1,
+];
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     Arc::new(CryptoProvider {
@@ -97,9 +101,19 @@ pub fn provider() -> Arc<CryptoProvider> {
 ///
 /// # Errors
 /// rustls refuses the configuration.
-pub fn tunnel_server(own: &Own, revoked: &Revocations) -> Result<Arc<ServerConfig>, TlsConfigError> {
-    let verifier = ClientVerifier::ours(own, Role::Agent, Presence::Required).unless_revoked(revoked);
-    server(own, &[&TLS13], verifier, Arc::new(own.credential.clone()), &[ALPN_TUNNEL])
+pub fn tunnel_server(
+    own: &Own,
+    revoked: &Revocations,
+) -> Result<Arc<ServerConfig>, TlsConfigError> {
+    let verifier =
+        ClientVerifier::ours(own, Role::Agent, Presence::Required).unless_revoked(revoked);
+    server(
+        own,
+        &[&TLS13],
+        verifier,
+        Arc::new(own.credential.clone()),
+        &[ALPN_TUNNEL],
+    )
 }
 
 /// [`tunnel_server`] for quinn.
@@ -110,7 +124,9 @@ pub fn tunnel_server_quic(
     own: &Own,
     revoked: &Revocations,
 ) -> Result<Arc<QuicServerConfig>, TlsConfigError> {
-    Ok(Arc::new(QuicServerConfig::try_from(tunnel_server(own, revoked)?)?))
+    Ok(Arc::new(QuicServerConfig::try_from(tunnel_server(
+        own, revoked,
+    )?)?))
 }
 
 /// An agent's side of the tunnel: a server of ours, by [`crate::SERVER_SNI`] whatever is dialled.
@@ -159,7 +175,13 @@ fn frontend(
     presence: Presence,
 ) -> Result<Arc<ServerConfig>, TlsConfigError> {
     let verifier = ClientVerifier::frontend(own, trust, presence);
-    server(own, &[&TLS13, &TLS12], verifier, Arc::new(own.credential.clone()), &[])
+    server(
+        own,
+        &[&TLS13, &TLS12],
+        verifier,
+        Arc::new(own.credential.clone()),
+        &[],
+    )
 }
 
 /// A client of a frontend: a server of ours, by the name or address that is dialled.
@@ -184,8 +206,10 @@ pub fn enroll_server(
     let verifier = ClientVerifier::ours(own, Role::Agent, Presence::Optional)
         .unless_revoked(revoked)
         .with_grace(grace);
-    let resolver =
-        Arc::new(WithRoots { credential: own.credential.clone(), bundle: own.bundle.clone() });
+    let resolver = Arc::new(WithRoots {
+        credential: own.credential.clone(),
+        bundle: own.bundle.clone(),
+    });
     server(own, &[&TLS13], verifier, resolver, &[ALPN_ENROLL])
 }
 
@@ -198,7 +222,11 @@ pub fn enroll_client_pinned(
     trust_domain: &TrustDomain,
     clock: &Clock,
 ) -> Result<Arc<ClientConfig>, TlsConfigError> {
-    let verifier = Arc::new(PinnedVerifier::new(pin, trust_domain.clone(), clock.clone()));
+    let verifier = Arc::new(PinnedVerifier::new(
+        pin,
+        trust_domain.clone(),
+        clock.clone(),
+    ));
     client(clock, verifier, None, &[ALPN_ENROLL])
 }
 
@@ -261,7 +289,12 @@ impl ResolvesServerCert for WithRoots {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let credential = self.credential.load();
         let bundle = self.bundle.load();
-        let chain = credential.chain().iter().chain(bundle.roots()).cloned().collect();
+        let chain = credential
+            .chain()
+            .iter()
+            .chain(bundle.roots())
+            .cloned()
+            .collect();
         let key = Arc::clone(&credential.certified().key);
         Some(Arc::new(CertifiedKey::new(chain, key)))
     }
@@ -289,9 +322,16 @@ mod tests {
         let hello = accepted.client_hello();
         assert_eq!(
             hello.named_groups().unwrap(),
-            [NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1]
+            [
+                NamedGroup::X25519MLKEM768,
+                NamedGroup::X25519,
+                NamedGroup::secp256r1
+            ]
         );
-        assert_eq!(hello.cipher_suites()[0], rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+        assert_eq!(
+            hello.cipher_suites()[0],
+            rustls::CipherSuite::TLS13_AES_128_GCM_SHA256
+        );
         assert_eq!(hello.server_name(), Some(crate::SERVER_SNI));
         assert_eq!(hello.alpn().unwrap().collect::<Vec<_>>(), [ALPN_TUNNEL]);
     }

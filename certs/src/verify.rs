@@ -19,8 +19,8 @@ use crate::x509::{self, Facts, Malformed};
 mod client;
 mod server;
 
-pub use client::{FrontendTrust, OperatorPki, OperatorPkiError};
 pub(crate) use client::{ClientVerifier, Presence};
+pub use client::{FrontendTrust, OperatorPki, OperatorPkiError};
 pub(crate) use server::{PinMismatch, PinnedVerifier, ServerName, ServerVerifier};
 
 /// Who is at the other end of an accepted connection.
@@ -60,7 +60,9 @@ pub enum PeerError {
 pub fn peer(chain: &[CertificateDer<'_>]) -> Result<Peer, PeerError> {
     let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
     let facts = Facts::read(leaf).map_err(PeerError::Malformed)?;
-    let [uri] = facts.uris.as_slice() else { return Err(PeerError::NotOneUri) };
+    let [uri] = facts.uris.as_slice() else {
+        return Err(PeerError::NotOneUri);
+    };
     Ok(Peer {
         identity: Identity::parse(uri)?,
         not_before: facts.not_before,
@@ -97,7 +99,9 @@ pub fn requester(chain: &[CertificateDer<'_>]) -> String {
     let facts = chain.first().and_then(|leaf| Facts::read(leaf).ok());
     facts
         .and_then(|facts| {
-            facts.common_name.or_else(|| facts.dns_names.into_iter().chain(facts.uris).next())
+            facts
+                .common_name
+                .or_else(|| facts.dns_names.into_iter().chain(facts.uris).next())
         })
         .unwrap_or_else(|| "unnamed".to_owned())
 }
@@ -185,10 +189,15 @@ fn check_rule(
     let peer = peer(std::slice::from_ref(leaf))?;
     let identity = &peer.identity;
     if identity.trust_domain != *trust_domain {
-        return Err(RuleError::TrustDomain { found: identity.trust_domain.clone() });
+        return Err(RuleError::TrustDomain {
+            found: identity.trust_domain.clone(),
+        });
     }
     if identity.role != wanted {
-        return Err(RuleError::Role { found: identity.role, wanted });
+        return Err(RuleError::Role {
+            found: identity.role,
+            wanted,
+        });
     }
     if wanted == Role::Agent && revoked.is_some_and(|revoked| revoked.contains(&identity.name)) {
         return Err(RuleError::Revoked(identity.name.clone()));
@@ -220,7 +229,10 @@ mod tests {
         assert_eq!(requester(std::slice::from_ref(&none)), "someone");
         assert_eq!(peer(&[none]), Err(PeerError::NotOneUri));
         assert_eq!(peer(&[]), Err(PeerError::NoCertificate));
-        assert!(matches!(peer(&[leaf(&["https://x"])]), Err(PeerError::Identity(_))));
+        assert!(matches!(
+            peer(&[leaf(&["https://x"])]),
+            Err(PeerError::Identity(_))
+        ));
     }
 
     #[test]
@@ -231,10 +243,21 @@ mod tests {
         let revoked = Revocations::new();
         assert!(check_rule(&leaf, &ours, Role::Agent, Some(&revoked)).is_ok());
         let wrong = check_rule(&leaf, &ours, Role::Client, None);
-        assert_eq!(wrong, Err(RuleError::Role { found: Role::Agent, wanted: Role::Client }));
+        assert_eq!(
+            wrong,
+            Err(RuleError::Role {
+                found: Role::Agent,
+                wanted: Role::Client
+            })
+        );
         let other = TrustDomain::parse("other").unwrap();
         let wrong = check_rule(&leaf, &other, Role::Agent, None);
-        assert_eq!(wrong, Err(RuleError::TrustDomain { found: ours.clone() }));
+        assert_eq!(
+            wrong,
+            Err(RuleError::TrustDomain {
+                found: ours.clone()
+            })
+        );
         let edge1 = Name::parse("edge1").unwrap();
         revoked.replace(HashSet::from([edge1.clone()]));
         let wrong = check_rule(&leaf, &ours, Role::Agent, Some(&revoked));

@@ -4,45 +4,23 @@
 //! answer's head. What follows is a raw stream.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::{ClientConnection, StreamOwned};
 use socket2::SockRef;
 
-use crate::kubelet::Behaviour;
-use crate::net::Host;
 use crate::pattern::{self, Content};
+
+mod door;
+
+pub use door::{Door, TlsDoor};
 
 /// Longest answer head that is read.
 const HEAD: usize = 4 * 1024;
-/// Longest silence on a stream before a read fails: a test that hangs says where.
-const SILENCE: Duration = Duration::from_secs(60);
-
-/// A frontend of the proxy-server, and how to get in.
-#[derive(Debug, Clone)]
-pub enum Door {
-    /// A Unix socket, which is reached from every network namespace.
-    Unix(PathBuf),
-    /// TCP with mutual TLS.
-    Tls(Box<TlsDoor>),
-}
-
-/// What it takes to get in over TCP.
-#[derive(Debug, Clone)]
-pub struct TlsDoor {
-    host: Host,
-    addr: SocketAddr,
-    config: Arc<ClientConfig>,
-}
 
 /// A CONNECT that was not answered with 200.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,88 +39,6 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-impl Door {
-    /// The door at `addr`, as seen from `host`, for the client certificate that `proxy-server cert issue --client NAME` wrote
-    /// into `folder`.
-    ///
-    /// # Errors
-    /// When the files are not there or not in order.
-    pub fn tls(host: &Host, addr: SocketAddr, folder: &Path, name: &str) -> Result<Self> {
-        let read = |file: String| -> Result<Vec<CertificateDer<'static>>> {
-            let path = folder.join(file);
-            let pem = BufReader::new(File::open(&path).with_context(|| path.display().to_string())?);
-            Ok(CertificateDer::pem_reader_iter(pem).collect::<Result<_, _>>()?)
-        };
-        let mut roots = RootCertStore::empty();
-        for root in read("ca.crt".into())? {
-            roots.add(root)?;
-        }
-        let key = PrivateKeyDer::from_pem_file(folder.join(format!("{name}.key")))?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(read(format!("{name}.crt"))?, key)?;
-        Ok(Self::Tls(Box::new(TlsDoor { host: host.clone(), addr, config: Arc::new(config) })))
-    }
-
-    /// Connects, without saying anything.
-    ///
-    /// # Errors
-    /// When the door does not open.
-    pub fn knock(&self) -> Result<Tunnel> {
-        let io = match self {
-            Self::Unix(path) => {
-                let stream = UnixStream::connect(path)
-                    .with_context(|| format!("connecting to {}", path.display()))?;
-                stream.set_read_timeout(Some(SILENCE))?;
-                Io::Unix(stream)
-            }
-            Self::Tls(door) => {
-                let stream = door.host.enter(|| TcpStream::connect(door.addr))?;
-                let stream = stream.with_context(|| format!("connecting to {}", door.addr))?;
-                stream.set_read_timeout(Some(SILENCE))?;
-                stream.set_nodelay(true)?;
-                let name = ServerName::IpAddress(door.addr.ip().into());
-                let tls = ClientConnection::new(Arc::clone(&door.config), name)?;
-                Io::Tls(Box::new(StreamOwned::new(tls, stream)))
-            }
-        };
-        Ok(Tunnel { io })
-    }
-
-    /// Asks for a destination.
-    ///
-    /// # Errors
-    /// When the door does not open, or what it answers is not HTTP.
-    pub fn connect(&self, destination: &str) -> Result<Result<Tunnel, Refusal>> {
-        let mut tunnel = self.knock()?;
-        tunnel.ask(destination)?;
-        tunnel.answer()
-    }
-
-    /// Asks for a destination that must be reached, and tells the stand-in kubelet there what to do.
-    ///
-    /// # Errors
-    /// When the destination is refused (a [`Refusal`]) or the door does not open.
-    pub fn open(&self, destination: &str, behaviour: Behaviour) -> Result<Tunnel> {
-        let mut tunnel = self.connect(destination)??;
-        writeln!(tunnel, "{behaviour}").context("the first line")?;
-        Ok(tunnel)
-    }
-
-    /// Asks for a destination that must be refused.
-    ///
-    /// # Errors
-    /// When it is reached.
-    pub fn refusal(&self, destination: &str) -> Result<Refusal> {
-        match self.connect(destination)? {
-            Ok(_) => bail!("{destination} was reached"),
-            Err(refusal) => Ok(refusal),
-        }
-    }
-}
-
 /// How a stream ended, as far as the requester can see.
 #[derive(Debug)]
 pub enum End {
@@ -156,6 +52,7 @@ pub enum End {
 #[derive(Debug)]
 pub struct Tunnel {
     io: Io,
+    finished: bool,
 }
 
 #[derive(Debug)]
@@ -170,7 +67,10 @@ impl Tunnel {
     /// # Errors
     /// Those of the socket.
     pub fn ask(&mut self, destination: &str) -> io::Result<()> {
-        write!(self, "CONNECT {destination} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")?;
+        write!(
+            self,
+            "CONNECT {destination} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        )?;
         self.flush()
     }
 
@@ -183,16 +83,24 @@ impl Tunnel {
         let mut byte = [0];
         while !head.ends_with(b"\r\n\r\n") {
             ensure!(head.len() < HEAD, "the head of the answer has no end");
-            self.read_exact(&mut byte).context("reading the answer to CONNECT")?;
+            self.read_exact(&mut byte)
+                .context("reading the answer to CONNECT")?;
             head.extend_from_slice(&byte);
         }
         let head = String::from_utf8(head)?;
         let mut words = head.lines().next().unwrap_or_default().splitn(3, ' ');
-        ensure!(words.next() == Some("HTTP/1.1"), "not an answer to CONNECT: {head:?}");
+        ensure!(
+            words.next() == Some("HTTP/1.1"),
+            "not an answer to CONNECT: {head:?}"
+        );
         let status = words.next().and_then(|status| status.parse().ok());
         let status = status.ok_or_else(|| anyhow!("no status: {head:?}"))?;
         let sentence = words.next().unwrap_or_default().to_owned();
-        Ok(if status == 200 { Ok(self) } else { Err(Refusal { status, sentence }) })
+        Ok(if status == 200 {
+            Ok(self)
+        } else {
+            Err(Refusal { status, sentence })
+        })
     }
 
     /// Ends the direction to the destination, and only that.
@@ -200,6 +108,7 @@ impl Tunnel {
     /// # Errors
     /// Those of the socket.
     pub fn finish(&mut self) -> io::Result<()> {
+        self.finished = true;
         match &mut self.io {
             Io::Unix(stream) => stream.shutdown(Shutdown::Write),
             Io::Tls(stream) => {
@@ -226,7 +135,9 @@ impl Tunnel {
     /// When this is no Unix socket: the TLS of this client has one handle only.
     pub fn second(&self) -> Result<Self> {
         match &self.io {
-            Io::Unix(stream) => Ok(Self { io: Io::Unix(stream.try_clone()?) }),
+            Io::Unix(stream) => Ok(Self {
+                io: Io::Unix(stream.try_clone()?),
+            }),
             Io::Tls(_) => bail!("a TLS stream has one handle"),
         }
     }
@@ -234,7 +145,11 @@ impl Tunnel {
     /// Reads to the end and says what came and how it ended.
     pub fn read_out(&mut self) -> (Content, End) {
         let (content, end) = pattern::read(self, u64::MAX);
-        (content, end.and_then(|()| self.still_open()).map_or_else(End::Cut, |()| End::Orderly))
+        (
+            content,
+            end.and_then(|()| self.still_open())
+                .map_or_else(End::Cut, |()| End::Orderly),
+        )
     }
 
     /// One line, without its end.
@@ -263,7 +178,9 @@ impl Tunnel {
     fn still_open(&self) -> io::Result<()> {
         match &self.io {
             // Nothing is sent, and still a socket whose peer is gone answers EPIPE.
-            Io::Unix(stream) => SockRef::from(stream).send(&[]).map(|_| ()),
+            Io::Unix(stream) if !self.finished => SockRef::from(stream).send(&[]).map(|_| ()),
+            // Both directions have ended, and nobody can tell any more how.
+            Io::Unix(_) => Ok(()),
             // rustls tells an end without close_notify from one with it.
             Io::Tls(_) => Ok(()),
         }

@@ -11,6 +11,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -54,38 +55,44 @@ pub struct Cluster {
     control_plane: ControlPlane,
     pki: Pki,
     net: Net,
-    state: TempDir,
+    state: Arc<TempDir>,
 }
 
 impl Cluster {
     /// Starts all of it: on return both agents are connected, both nodes are ready, and the tests' pods run.
     ///
     /// # Errors
-    /// When a part is missing or does not come up; what was started is ended.
+    /// When a part is missing or does not come up, with the ends of all logs; what was started is ended.
     pub fn start() -> Result<Self> {
         sweep()?;
-        let programs = Programs { server: daemon("proxy-server")?, agent: daemon("edge-agent")? };
-        let tools = tools()?;
         let state = tempfile::Builder::new()
             .prefix(&format!("{STATE}{}-", std::process::id()))
             // Unix sockets are in there, and their paths may not be long.
             .tempdir_in("/tmp")?;
+        let state = Arc::new(state);
         let logs = state.path().join("log");
         fs::create_dir(&logs)?;
+        Self::start_in(&state, &logs).with_context(|| tails(&logs))
+    }
+
+    fn start_in(dir: &Arc<TempDir>, logs: &Path) -> Result<Self> {
+        let programs = Programs { server: daemon("proxy-server")?, agent: daemon("edge-agent")? };
+        let tools = tools()?;
+        let state = dir.path();
         let net = Net::sites()?;
         let cloud = net.host("cloud")?;
-        let pki = Pki::new(&state.path().join("pki"))?;
+        let pki = Pki::new(&state.join("pki"))?;
 
         let apiserver = tools.join("kube-apiserver");
-        let mut control_plane = ControlPlane::start(&cloud, &apiserver, &pki, state.path(), &logs)?;
-        control_plane.apiserver(&pki, &Egress::Unix(Tunnel::socket(state.path())))?;
+        let mut control_plane = ControlPlane::start(&cloud, &apiserver, &pki, state, logs)?;
+        control_plane.apiserver(&pki, &Egress::Unix(Tunnel::socket(state)))?;
         // kube-apiserver takes seconds: whatever can be done meanwhile is done now.
-        let archive = image::make(state.path())?;
+        let archive = image::make(state)?;
         let mut nodes = Vec::new();
         for name in NODES {
-            nodes.push(Node::start(&net.host(name)?, state.path(), &logs)?);
+            nodes.push(Node::start(&net.host(name)?, state, logs)?);
         }
-        let mut tunnel = Tunnel::start(&cloud, programs, state.path(), &logs)?;
+        let mut tunnel = Tunnel::start(&cloud, programs, state, logs)?;
         for name in NODES {
             tunnel.join(&net.host(name)?)?;
         }
@@ -93,37 +100,36 @@ impl Cluster {
             node.import(&archive)?;
         }
         let kubeconfig = pki.kubeconfig("admin", "https://127.0.0.1:6443")?;
-        let kubectl = Kubectl::new(&cloud, &tools.join("kubectl"), kubeconfig, state.path());
+        let kubectl = Kubectl::new(&cloud, &tools.join("kubectl"), kubeconfig, state);
         control_plane.wait_ready(&kubectl)?;
         let server = format!("https://{PUBLIC}:6443");
         for node in &mut nodes {
             node.kubelet(&tools.join("kubelet"), &pki, ADDRESS, &server)?;
         }
-        let cluster = Self { kubectl, tunnel, _nodes: nodes, control_plane, pki, net, state };
+        let cluster = Self { kubectl, tunnel, _nodes: nodes, control_plane, pki, net, state: Arc::clone(dir) };
         cluster.settle()?;
         Ok(cluster)
     }
 
     /// Waits for nodes, pods and sessions.
     fn settle(&self) -> Result<()> {
-        let nodes = NODES.map(|name| format!("node/{name}"));
-        self.wait_for("create", &nodes)?;
         for name in NODES {
+            self.wait_for("create", &format!("node/{name}"))?;
             self.create(&pods::pod(name))?;
         }
-        self.wait_for("condition=Ready", &nodes)?;
-        self.wait_for("condition=Ready", &NODES.map(|name| format!("pod/{}", pods::name(name))))?;
         for name in NODES {
+            self.wait_for("condition=Ready", &format!("node/{name}"))?;
+            self.wait_for("condition=Ready", &format!("pod/{}", pods::name(name)))?;
             self.tunnel.wait_session(name)?;
         }
         Ok(())
     }
 
-    fn wait_for(&self, what: &str, objects: &[String; 2]) -> Result<()> {
-        let command = self.kubectl.command(&["wait", "--timeout=120s", "--for", what, &objects[0], &objects[1]]);
+    fn wait_for(&self, what: &str, object: &str) -> Result<()> {
+        let command = self.kubectl.command(&["wait", "--timeout=120s", "--for", what, object]);
         let output = crate::process::output(command, Duration::from_secs(130))?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "waiting for {what} of {objects:?}: {errors}");
+        ensure!(output.status.success(), "waiting for {what} of {object}: {errors}");
         Ok(())
     }
 
@@ -210,4 +216,17 @@ fn tools() -> Result<PathBuf> {
         ensure!(dir.join(name).exists(), "no {name} in {}: run e2e/kubernetes/build.sh", dir.display());
     }
     Ok(dir)
+}
+
+/// The last lines of each log.
+fn tails(logs: &Path) -> String {
+    let mut text = "the cluster does not start".to_owned();
+    for entry in fs::read_dir(logs).into_iter().flatten().flatten() {
+        let log = fs::read(entry.path()).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines = log.lines().collect::<Vec<_>>();
+        let tail = lines.get(lines.len().saturating_sub(20)..).unwrap_or_default();
+        text += &format!("\n--- {} ---\n{}", entry.path().display(), tail.join("\n"));
+    }
+    text + "\n---"
 }

@@ -83,17 +83,29 @@ impl FromStr for Behaviour {
         let mut words = line.split_whitespace();
         let name = words.next().unwrap_or_default();
         let mut number = |what: &str| -> anyhow::Result<u64> {
-            let word = words.next().with_context(|| format!("{name} wants {what}"))?;
+            let word = words
+                .next()
+                .with_context(|| format!("{name} wants {what}"))?;
             Ok(word.parse()?)
         };
         Ok(match name {
             "echo" => Self::Echo,
-            "trickle" => Self::Trickle { lines: number("lines")?, every_ms: number("ms")? },
-            "send" => Self::Send { bytes: number("bytes")?, seed: number("a seed")? },
-            "sink" => Self::Sink { bytes: number("bytes")? },
+            "trickle" => Self::Trickle {
+                lines: number("lines")?,
+                every_ms: number("ms")?,
+            },
+            "send" => Self::Send {
+                bytes: number("bytes")?,
+                seed: number("a seed")?,
+            },
+            "sink" => Self::Sink {
+                bytes: number("bytes")?,
+            },
             "half-close" => Self::HalfClose,
             "end-first" => Self::EndFirst,
-            "reset" => Self::Reset { after: number("bytes")? },
+            "reset" => Self::Reset {
+                after: number("bytes")?,
+            },
             "hang" => Self::Hang,
             "name" => Self::Name,
             _ => return Err(anyhow!("no such behaviour: {line:?}")),
@@ -123,7 +135,10 @@ fn connection(stream: &TcpStream, name: &str) -> String {
     let mut input = BufReader::new(stream);
     let mut line = String::new();
     let first = (&mut input).take(FIRST_LINE).read_line(&mut line);
-    let behaviour = match first.map_err(anyhow::Error::from).and_then(|_| line.parse()) {
+    let behaviour = match first
+        .map_err(anyhow::Error::from)
+        .and_then(|_| line.parse())
+    {
         Ok(behaviour) => behaviour,
         Err(error) => return format!("no first line: {error:#}"),
     };

@@ -4,6 +4,7 @@
 //! sessions are seen through `status`. The lab looks into no process and links no daemon.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,8 +13,8 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::net::{Host, Net};
-use crate::process::{Process, Spawn};
+use crate::net::{self, Host, Net};
+use crate::process::{self, Process, Spawn};
 
 mod agent;
 mod server;
@@ -41,15 +42,16 @@ pub struct Lab {
 
 impl Lab {
     /// Waits for its turn and lays the sites.
-    ///
-    /// # Errors
-    /// When there is no root, or `ip` or `nft` fails.
-    pub fn new() -> Result<Self> {
+    fn new() -> Result<Self> {
         let one = ONE.lock();
         let net = Net::sites()?;
         // Short: the path of a Unix socket has 107 bytes.
         let dir = tempfile::Builder::new().prefix("corvid-").tempdir()?;
-        Ok(Self { net, dir, _one: one })
+        Ok(Self {
+            net,
+            dir,
+            _one: one,
+        })
     }
 
     /// The namespaces.
@@ -85,7 +87,12 @@ impl Lab {
     ///
     /// # Errors
     /// When no session comes.
-    pub fn agent(&self, server: &Server, name: &str, edit: impl FnOnce(&mut Value)) -> Result<Agent> {
+    pub fn agent(
+        &self,
+        server: &Server,
+        name: &str,
+        edit: impl FnOnce(&mut Value),
+    ) -> Result<Agent> {
         Agent::start(self, server, name, edit)
     }
 
@@ -110,6 +117,32 @@ impl Lab {
     }
 }
 
+/// Runs one scenario in a lab of its own; each test of the lab is one call of this.
+///
+/// # Panics
+/// When the scenario fails, after the ends of all logs; and without root, when `CI=true` allows no skipped test.
+#[expect(
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "this is an assertion of a test"
+)]
+pub fn scenario(run: impl FnOnce(&Lab) -> Result<()>) {
+    if !net::may_run() {
+        return;
+    }
+    let ended = Lab::new()
+        .and_then(|lab| run(&lab).inspect_err(|_| eprintln!("{}", process::tails(lab.dir()))));
+    if let Err(error) = ended {
+        panic!("{error:#}");
+    }
+}
+
+/// Shows what a scenario measured, also when it passes: libtest captures the macros only.
+pub fn measured(line: &str) {
+    // A run whose output nobody takes has nobody to show it to.
+    writeln!(std::io::stdout(), "\nmeasured: {line}").ok();
+}
+
 /// The smallest whole setting: server, agent and stand-in kubelet of `edge1`.
 #[derive(Debug)]
 pub struct Small {
@@ -122,15 +155,31 @@ pub struct Small {
 }
 
 impl Lab {
-    /// Starts it.
+    /// Starts it with the lab's own configurations.
     ///
     /// # Errors
     /// When one of them does not come up.
     pub fn small(&self) -> Result<Small> {
+        self.small_with(|_| {}, |_| {})
+    }
+
+    /// Starts it with the configurations of server and agent changed.
+    ///
+    /// # Errors
+    /// When one of them does not come up.
+    pub fn small_with(
+        &self,
+        server: impl FnOnce(&mut Value),
+        agent: impl FnOnce(&mut Value),
+    ) -> Result<Small> {
         let kubelet = self.kubelet("edge1")?;
-        let server = self.server(|_| {})?;
-        let agent = self.agent(&server, "edge1", |_| {})?;
-        Ok(Small { agent, kubelet, server })
+        let server = self.server(server)?;
+        let agent = self.agent(&server, "edge1", agent)?;
+        Ok(Small {
+            agent,
+            kubelet,
+            server,
+        })
     }
 }
 
@@ -144,14 +193,24 @@ pub fn binary(name: &str) -> Result<PathBuf> {
         PathBuf::from,
     );
     let path = folder.join(name);
-    ensure!(path.exists(), "no {name} in {}: cargo build --profile quick, or set CORVID_BIN_DIR", folder.display());
+    ensure!(
+        path.exists(),
+        "no {name} in {}: cargo build --profile quick, or set CORVID_BIN_DIR",
+        folder.display()
+    );
     Ok(path)
 }
 
 /// A program of this crate, which cargo puts beside the running one, or one folder up from a test.
 fn beside(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name));
+    let found = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(name));
     let mut found = found.filter(|path| path.is_file());
-    found.next().ok_or_else(|| anyhow!("no {name} near {}", own.display()))
+    found
+        .next()
+        .ok_or_else(|| anyhow!("no {name} near {}", own.display()))
 }

@@ -1,6 +1,11 @@
 //! e2e
 
+pub mod client;
 pub mod cluster;
+pub mod kubelet;
+pub mod lab;
+pub mod link;
 pub mod net;
+pub mod pattern;
 pub mod process;
 pub mod wait;

@@ -86,9 +86,18 @@ impl Link {
     ///
     /// # Errors
     /// When an address is taken or a namespace gone.
-    pub fn lay(near: &Host, listen: SocketAddr, far: &Host, to: SocketAddr, seed: u64) -> Result<Self> {
-        let bind = || -> std::io::Result<_> { Ok((UdpSocket::bind(listen)?, TcpListener::bind(listen)?)) };
-        let (udp, tcp) = near.enter(bind)?.with_context(|| format!("a link at {listen}"))?;
+    pub fn lay(
+        near: &Host,
+        listen: SocketAddr,
+        far: &Host,
+        to: SocketAddr,
+        seed: u64,
+    ) -> Result<Self> {
+        let bind =
+            || -> std::io::Result<_> { Ok((UdpSocket::bind(listen)?, TcpListener::bind(listen)?)) };
+        let (udp, tcp) = near
+            .enter(bind)?
+            .with_context(|| format!("a link at {listen}"))?;
         SockRef::from(&udp).set_recv_buffer_size(SOCKET_BUFFER)?;
         let addr = udp.local_addr()?;
         let state = State {
@@ -96,14 +105,19 @@ impl Link {
             random: SmallRng::seed_from_u64(seed),
             counts: Counts::default(),
         };
-        let sky = Arc::new(Sky { state: Mutex::new(state), cut: watch::Sender::new(false) });
+        let sky = Arc::new(Sky {
+            state: Mutex::new(state),
+            cut: watch::Sender::new(false),
+        });
         // One at a time: the test waits for each.
         let (rebind, rebinds) = mpsc::channel(1);
         let (stop, stopped) = oneshot::channel();
         let (far, skies) = (far.clone(), Arc::clone(&sky));
         let thread = std::thread::spawn(move || -> Result<()> {
             far.join()?;
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             runtime.block_on(async {
                 tokio::select! {
                     // A dropped sender is a dropped link too.
@@ -113,7 +127,13 @@ impl Link {
                 }
             })
         });
-        Ok(Self { addr, sky, rebind, stop: Some(stop), thread: Some(thread) })
+        Ok(Self {
+            addr,
+            sky,
+            rebind,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 
     /// Where it listens.
@@ -145,7 +165,10 @@ impl Link {
     pub fn rebind(&self, ip: IpAddr) -> Result<()> {
         let (done, rebound) = std::sync::mpsc::sync_channel(1);
         let gone = || anyhow!("the link has ended");
-        self.rebind.blocking_send(Rebind { ip, done }).ok().with_context(gone)?;
+        self.rebind
+            .blocking_send(Rebind { ip, done })
+            .ok()
+            .with_context(gone)?;
         rebound.recv().ok().with_context(gone)?
     }
 
@@ -157,7 +180,10 @@ impl Link {
 }
 
 impl Drop for Link {
-    #[expect(clippy::print_stderr, reason = "a line that broke by itself explains what failed after")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "a line that broke by itself explains what failed after"
+    )]
     fn drop(&mut self) {
         self.stop.take(); // the thread ends when this sender is gone
         let ended = self.thread.take().map(JoinHandle::join);
@@ -173,7 +199,12 @@ impl Sky {
     /// How long the next datagram takes; `None` when it does not arrive.
     fn fate(&self) -> Option<Duration> {
         let mut state = self.state.lock();
-        let Weather { delay, loss, reorder, late } = state.weather;
+        let Weather {
+            delay,
+            loss,
+            reorder,
+            late,
+        } = state.weather;
         if *self.cut.borrow() {
             state.counts.dropped += 1;
             return None;

@@ -30,9 +30,17 @@ impl fmt::Display for Content {
 /// What `bytes` bytes of `seed` are, without sending them anywhere.
 #[must_use]
 pub fn expected(bytes: u64, seed: u64) -> Content {
-    let mut hash = Hash::default();
+    tail(bytes, 0, seed)
+}
+
+/// The same without the first `skip` bytes.
+#[must_use]
+pub fn tail(bytes: u64, skip: u64, seed: u64) -> Content {
+    let (mut hash, mut skip) = (Hash::default(), skip);
     each_chunk(bytes, seed, |chunk| {
-        hash.add(chunk);
+        let skipped = usize::try_from(skip).map_or(chunk.len(), |skip| skip.min(chunk.len()));
+        skip -= skipped as u64;
+        hash.add(chunk.get(skipped..).unwrap_or_default());
         Ok(())
     })
     .ok(); // nothing in there can fail
@@ -88,7 +96,10 @@ struct Hash {
 
 impl Default for Hash {
     fn default() -> Self {
-        Self { context: Context::new(&SHA256), bytes: 0 }
+        Self {
+            context: Context::new(&SHA256),
+            bytes: 0,
+        }
     }
 }
 
@@ -100,8 +111,15 @@ impl Hash {
 
     fn finish(self) -> Content {
         let digest = self.context.finish();
-        let hash = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-        Content { bytes: self.bytes, hash }
+        let hash = digest
+            .as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        Content {
+            bytes: self.bytes,
+            hash,
+        }
     }
 }
 
@@ -118,5 +136,7 @@ mod tests {
         assert_eq!(content, expected(100_001, 7));
         assert_ne!(content, expected(100_001, 8));
         assert_ne!(content, expected(100_000, 7));
+        let (rest, _) = read(&mut sent.split_at(70_000).1, u64::MAX);
+        assert_eq!(rest, tail(100_001, 70_000, 7));
     }
 }

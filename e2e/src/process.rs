@@ -3,10 +3,8 @@
 //! A child is the leader of a process group of its own and gets SIGKILL when the test process dies. Dropping a [`Process`]
 //! ends its group. Nothing else is ever signalled: no names, no patterns.
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -16,85 +14,18 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 
-use crate::net::Host;
 use crate::wait;
 
 mod parent;
+mod spawn;
 mod usage;
+
+pub use spawn::Spawn;
 
 /// Lines of a log that are shown when a test fails.
 const TAIL: usize = 40;
 /// How long a process may take to vanish after SIGKILL: the kernel needs milliseconds, unless the disk is very busy.
 const KILL_DEADLINE: Duration = Duration::from_secs(20);
-
-/// What to start.
-#[derive(Debug)]
-pub struct Spawn {
-    name: String,
-    program: PathBuf,
-    args: Vec<OsString>,
-    env: Vec<(String, OsString)>,
-    host: Option<Host>,
-}
-
-impl Spawn {
-    /// `name` names the log file and stands in messages.
-    pub fn new(name: &str, program: impl Into<PathBuf>) -> Self {
-        let program = program.into();
-        Self { name: name.into(), program, args: Vec::new(), env: Vec::new(), host: None }
-    }
-
-    /// Adds an argument.
-    #[must_use]
-    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
-        self.args.push(arg.as_ref().into());
-        self
-    }
-
-    /// Adds arguments.
-    #[must_use]
-    pub fn args<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(mut self, args: I) -> Self {
-        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
-        self
-    }
-
-    /// Sets an environment variable; the others are inherited.
-    #[must_use]
-    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
-        self.env.push((key.into(), value.as_ref().into()));
-        self
-    }
-
-    /// Runs it in that host's namespace in place of the test's own.
-    #[must_use]
-    pub fn host(mut self, host: &Host) -> Self {
-        self.host = Some(host.clone());
-        self
-    }
-
-    /// Starts it, with nothing to read and with its output appended to `<log_dir>/<name>.log`.
-    ///
-    /// # Errors
-    /// When the program or the log file is not there, or the fork fails.
-    pub fn start(self, log_dir: &Path) -> Result<Process> {
-        if self.program.components().count() > 1 && !self.program.exists() {
-            bail!("{}: no such program: {}", self.name, self.program.display());
-        }
-        let log = log_dir.join(format!("{}.log", self.name));
-        let opened = OpenOptions::new().create(true).append(true).open(&log);
-        let output = opened.with_context(|| format!("opening {}", log.display()))?;
-        // setpriv and nsenter end in an exec of the next one, so the id that is returned is the program's own.
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]);
-        if let Some(host) = &self.host {
-            command.arg("nsenter").arg(format!("--net={}", host.netns().display())).arg("--");
-        }
-        command.arg(&self.program).args(self.args).envs(self.env);
-        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output).process_group(0);
-        let child = parent::start(command).with_context(|| format!("starting {}", self.name))?;
-        Ok(Process { name: self.name, log, id: child.id(), child: Mutex::new(child) })
-    }
-}
 
 /// A running child. It is ended, with its process group, when this is dropped; while a test fails, the end of its log is shown.
 #[derive(Debug)]
@@ -209,7 +140,10 @@ impl Process {
     /// # Errors
     /// When the kernel does not know it.
     pub fn exited(&self) -> Result<Option<ExitStatus>> {
-        self.child.lock().try_wait().with_context(|| format!("looking at {}", self.name))
+        self.child
+            .lock()
+            .try_wait()
+            .with_context(|| format!("looking at {}", self.name))
     }
 
     /// Waits for its end.
@@ -236,15 +170,15 @@ impl Process {
     }
 
     fn tail(&self) -> String {
-        let log = self.log();
-        let lines: Vec<_> = log.lines().collect();
-        let tail = lines.get(lines.len().saturating_sub(TAIL)..).unwrap_or_default();
-        format!("--- end of the log of {} ---\n{}\n---", self.name, tail.join("\n"))
+        tail(&self.name, &self.log())
     }
 }
 
 impl Drop for Process {
-    #[expect(clippy::print_stderr, reason = "libtest shows it with the test that failed")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "libtest shows it with the test that failed"
+    )]
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("{}", self.tail());
@@ -253,6 +187,29 @@ impl Drop for Process {
             eprintln!("{error:#}");
         }
     }
+}
+
+/// The ends of all logs in a folder, for a test that failed.
+#[must_use]
+pub fn tails(log_dir: &Path) -> String {
+    let mut files: Vec<_> = fs::read_dir(log_dir)
+        .map(|files| files.flatten().map(|file| file.path()).collect())
+        .unwrap_or_default();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "log"));
+    files.sort();
+    let show = |file: &PathBuf| {
+        let text = fs::read(file).unwrap_or_default();
+        tail(&file.display().to_string(), &String::from_utf8_lossy(&text))
+    };
+    files.iter().map(show).collect::<Vec<_>>().join("\n")
+}
+
+fn tail(name: &str, log: &str) -> String {
+    let lines: Vec<_> = log.lines().collect();
+    let tail = lines
+        .get(lines.len().saturating_sub(TAIL)..)
+        .unwrap_or_default();
+    format!("--- end of the log of {name} ---\n{}\n---", tail.join("\n"))
 }
 
 fn pid(id: u32) -> Result<Pid> {
@@ -267,7 +224,10 @@ pub fn output(mut command: Command, deadline: Duration) -> Result<Output> {
     let what = format!("{command:?}");
     // Files and not pipes: a command that writes much would wait for us, while we wait for it.
     let (mut stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
-    command.stdin(Stdio::null()).stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
+    command
+        .stdin(Stdio::null())
+        .stdout(stdout.try_clone()?)
+        .stderr(stderr.try_clone()?);
     let mut child = parent::start(command).with_context(|| format!("starting {what}"))?;
     let ended = wait::poll(deadline, &what, || match child.try_wait() {
         Ok(status) => status.ok_or_else(|| "it runs".to_owned()),
@@ -286,5 +246,9 @@ pub fn output(mut command: Command, deadline: Duration) -> Result<Output> {
         file.read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    Ok(Output { status, stdout: read(&mut stdout)?, stderr: read(&mut stderr)? })
+    Ok(Output {
+        status,
+        stdout: read(&mut stdout)?,
+        stderr: read(&mut stderr)?,
+    })
 }

@@ -56,7 +56,10 @@ pub fn pass(span: Duration) {
     rest(span);
 }
 
-#[expect(clippy::disallowed_methods, reason = "a test thread may block, nothing else runs on it")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a test thread may block, nothing else runs on it"
+)]
 fn rest(span: Duration) {
     std::thread::sleep(span);
 }
@@ -74,6 +77,9 @@ mod tests {
         })
         .unwrap_err()
         .to_string();
-        assert!(seen.contains("three sheep") && seen.ends_with(&looks.to_string()), "{seen}");
+        assert!(
+            seen.contains("three sheep") && seen.ends_with(&looks.to_string()),
+            "{seen}"
+        );
     }
 }

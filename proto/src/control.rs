@@ -151,6 +151,12 @@ impl ControlHandle {
     pub fn go_away(&self, away: GoAway) -> bool {
         self.0.try_send(away.into()).is_ok()
     }
+
+    /// Asks for a sign of life now; [`Liveness`] shows whether it came.
+    pub fn probe(&self) {
+        let probe = frame(Body::Keepalive(pb::Keepalive { sequence: 0 }));
+        self.0.try_send(probe).ok(); // full: see OUTGOING
+    }
 }
 
 /// A control stream after its handshake.

@@ -49,22 +49,22 @@ impl Local {
 #[derive(Debug, Default)]
 pub struct Counters {
     /// From the local connection into the tunnel.
-    into_tunnel: AtomicU64,
+    sent: AtomicU64,
     /// Out of the tunnel to the local connection.
-    out_of_tunnel: AtomicU64,
+    received: AtomicU64,
 }
 
 impl Counters {
     /// Bytes from the local connection into the tunnel.
     #[must_use]
-    pub fn into_tunnel(&self) -> u64 {
-        self.into_tunnel.load(Ordering::Relaxed)
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// Bytes out of the tunnel to the local connection.
     #[must_use]
-    pub fn out_of_tunnel(&self) -> u64 {
-        self.out_of_tunnel.load(Ordering::Relaxed)
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 }
 
@@ -145,7 +145,7 @@ async fn silent(settings: &Relay, half_open: bool) {
     if !half_open {
         return pending().await;
     }
-    let moved = || settings.counters.into_tunnel() + settings.counters.out_of_tunnel();
+    let moved = || settings.counters.sent() + settings.counters.received();
     loop {
         let before = moved();
         sleep_until(Instant::now() + settings.half_open).await;
@@ -162,7 +162,7 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
     early: Bytes,
 ) -> Result<(), Reason> {
     let count = |n: usize| {
-        settings.counters.into_tunnel.fetch_add(n as u64, Ordering::Relaxed);
+        settings.counters.sent.fetch_add(n as u64, Ordering::Relaxed);
     };
     if !early.is_empty() {
         count(early.len());
@@ -257,7 +257,7 @@ async fn write_chunks<I: AsyncWrite + Unpin>(
         if wrote == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
-        settings.counters.out_of_tunnel.fetch_add(wrote as u64, Ordering::Relaxed);
+        settings.counters.received.fetch_add(wrote as u64, Ordering::Relaxed);
         for chunk in rest.iter_mut() {
             let taken = wrote.min(chunk.len());
             // Freed as soon as it is written: the transport then gives its credit back.

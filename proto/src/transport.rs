@@ -20,6 +20,7 @@ pub mod keepalive;
 pub mod memory;
 pub mod quic;
 mod stream;
+pub mod tcp;
 
 pub(crate) use stream::{Half, Shared};
 
@@ -38,6 +39,14 @@ pub enum SessionError {
     /// Nothing was heard for the idle time-out.
     #[error("nothing heard for the idle time-out")]
     Silent,
+    /// TLS refused, at either end.
+    #[error("TLS alert {alert}: {text}")]
+    Tls {
+        /// Its number (RFC 8446 section 6).
+        alert: u8,
+        /// The transport's words.
+        text: String,
+    },
     /// The transport failed; its words.
     #[error("transport: {0}")]
     Transport(String),
@@ -50,6 +59,7 @@ impl SessionError {
         match self {
             Self::Local(reason) | Self::Peer(reason) => *reason,
             Self::Silent | Self::Transport(_) => Reason::SessionLost,
+            Self::Tls { .. } => Reason::Tls,
         }
     }
 }

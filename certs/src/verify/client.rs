@@ -51,7 +51,10 @@ impl OperatorPki {
         if allowed_names.is_empty() {
             return Err(OperatorPkiError::NoNames);
         }
-        Ok(Self { bundle: LiveBundle::new(roots), allowed_names })
+        Ok(Self {
+            bundle: LiveBundle::new(roots),
+            allowed_names,
+        })
     }
 
     /// The roots, to be replaced when their file changes.
@@ -62,7 +65,11 @@ impl OperatorPki {
 
     fn check(&self, leaf: &CertificateDer<'_>) -> Result<(), RuleError> {
         let facts = Facts::read(leaf).map_err(PeerError::Malformed)?;
-        let mut names = facts.common_name.iter().chain(&facts.dns_names).chain(&facts.uris);
+        let mut names = facts
+            .common_name
+            .iter()
+            .chain(&facts.dns_names)
+            .chain(&facts.uris);
         if names.any(|name| self.allowed_names.contains(name)) {
             Ok(())
         } else {
@@ -79,7 +86,12 @@ pub(crate) enum Presence {
 }
 
 enum Trust {
-    Ours { bundle: LiveBundle, trust_domain: TrustDomain, role: Role, revoked: Option<Revocations> },
+    Ours {
+        bundle: LiveBundle,
+        trust_domain: TrustDomain,
+        role: Role,
+        revoked: Option<Revocations>,
+    },
     Operator(OperatorPki),
 }
 
@@ -101,7 +113,12 @@ impl ClientVerifier {
             role,
             revoked: None,
         };
-        Self { trust, presence, clock: own.clock.clone(), grace: Duration::ZERO }
+        Self {
+            trust,
+            presence,
+            clock: own.clock.clone(),
+            grace: Duration::ZERO,
+        }
     }
 
     /// A frontend.
@@ -152,8 +169,13 @@ impl ClientVerifier {
         if self.grace.is_zero() || !is_expired(error) {
             return verdict;
         }
-        let Ok(facts) = Facts::read(leaf) else { return verdict };
-        let end = facts.not_after.as_secs().saturating_add(self.grace.as_secs());
+        let Ok(facts) = Facts::read(leaf) else {
+            return verdict;
+        };
+        let end = facts
+            .not_after
+            .as_secs()
+            .saturating_add(self.grace.as_secs());
         if now.as_secs() > end {
             return verdict;
         }
@@ -192,7 +214,12 @@ impl ClientCertVerifier for ClientVerifier {
     ) -> Result<ClientCertVerified, Error> {
         let verified = self.verify_chain(end_entity, intermediates)?;
         match &self.trust {
-            Trust::Ours { trust_domain, role, revoked, .. } => {
+            Trust::Ours {
+                trust_domain,
+                role,
+                revoked,
+                ..
+            } => {
                 check_rule(end_entity, trust_domain, *role, revoked.as_ref())
                     .map_err(RuleError::refuse)?;
             }
@@ -222,7 +249,9 @@ impl ClientCertVerifier for ClientVerifier {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        tls_config::provider().signature_verification_algorithms.supported_schemes()
+        tls_config::provider()
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 

@@ -55,15 +55,18 @@ pub(crate) struct PinnedVerifier {
 
 impl PinnedVerifier {
     pub(crate) const fn new(pin: Pin, trust_domain: TrustDomain, clock: Clock) -> Self {
-        Self { pin, trust_domain, clock }
+        Self {
+            pin,
+            trust_domain,
+            clock,
+        }
     }
 
     /// The authority in `chain` that has the pinned key, as the only root.
     fn root(&self, chain: &[CertificateDer<'_>]) -> Result<TrustBundle, Error> {
         let pinned = chain.iter().find(|certificate| {
-            Facts::read(certificate).is_ok_and(|facts| {
-                facts.is_ca && Pin::of_public_key(&facts.public_key) == self.pin
-            })
+            Facts::read(certificate)
+                .is_ok_and(|facts| facts.is_ca && Pin::of_public_key(&facts.public_key) == self.pin)
         });
         let Some(pinned) = pinned else {
             let reason = OtherError(std::sync::Arc::new(PinMismatch));
@@ -86,7 +89,9 @@ fn verify(
     now: UnixTime,
 ) -> Result<ServerCertVerified, Error> {
     let verified =
-        bundle.server_verifier().verify_server_cert(leaf, intermediates, name, &[], now)?;
+        bundle
+            .server_verifier()
+            .verify_server_cert(leaf, intermediates, name, &[], now)?;
     check_rule(leaf, trust_domain, Role::Server, None).map_err(RuleError::refuse)?;
     Ok(verified)
 }
@@ -111,7 +116,14 @@ impl ServerCertVerifier for ServerVerifier {
         };
         let now = self.clock.now();
         let bundle = self.bundle.load();
-        verify(&bundle, &self.trust_domain, end_entity, intermediates, &name, now)
+        verify(
+            &bundle,
+            &self.trust_domain,
+            end_entity,
+            intermediates,
+            &name,
+            now,
+        )
     }
 
     fn verify_tls12_signature(
@@ -135,7 +147,9 @@ impl ServerCertVerifier for ServerVerifier {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        tls_config::provider().signature_verification_algorithms.supported_schemes()
+        tls_config::provider()
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -150,7 +164,14 @@ impl ServerCertVerifier for PinnedVerifier {
     ) -> Result<ServerCertVerified, Error> {
         let root = self.root(intermediates)?;
         let (name, now) = (fixed_name()?, self.clock.now());
-        verify(&root, &self.trust_domain, end_entity, intermediates, &name, now)
+        verify(
+            &root,
+            &self.trust_domain,
+            end_entity,
+            intermediates,
+            &name,
+            now,
+        )
     }
 
     fn verify_tls12_signature(
@@ -174,18 +195,24 @@ impl ServerCertVerifier for PinnedVerifier {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        tls_config::provider().signature_verification_algorithms.supported_schemes()
+        tls_config::provider()
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
 impl fmt::Debug for ServerVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServerVerifier").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("ServerVerifier")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for PinnedVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PinnedVerifier").field("pin", &self.pin).finish_non_exhaustive()
+        f.debug_struct("PinnedVerifier")
+            .field("pin", &self.pin)
+            .finish_non_exhaustive()
     }
 }

@@ -24,7 +24,11 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     let bind = |addr| TcpListener::bind(addr).with_context(|| format!("listening on {addr}"));
     let (listener, metrics) = (bind(cli.listen)?, bind(cli.metrics)?);
-    say(&format!("ready on {} and {}", listener.local_addr()?, metrics.local_addr()?));
+    say(&format!(
+        "ready on {} and {}",
+        listener.local_addr()?,
+        metrics.local_addr()?
+    ));
     std::thread::scope(|scope| {
         scope.spawn(|| kubelet::metrics(&metrics, &cli.name));
         kubelet::serve(&listener, &cli.name, say)

@@ -59,12 +59,7 @@ pub fn pod(node: &str) -> Value {
 }
 
 fn container(name: &str, script: &str) -> Value {
-    json!({
-        "name": name,
-        "image": BUSYBOX,
-        "imagePullPolicy": "Never",
-        "command": ["/bin/sh", "-c", script],
-    })
+    spec(name, script, false)
 }
 
 /// Some fifty lines a second.
@@ -75,10 +70,19 @@ fn ticker(node: &str) -> String {
 }
 
 fn listener(node: &str) -> Value {
-    let script = format!("while read -r line; do echo \"{node} heard $line\"; done; echo {node} heard the end");
-    let mut listener = container("listener", &script);
-    listener["stdin"] = true.into();
-    // The first one to attach may leave, and its end of input is the container's.
-    listener["stdinOnce"] = true.into();
-    listener
+    let heard = format!("{node} heard");
+    let script = format!("while read -r line; do echo \"{heard} $line\"; done; echo {heard} the end");
+    spec("listener", &script, true)
+}
+
+/// With `stdin`, the first one who attaches brings the container's input, and its end.
+fn spec(name: &str, script: &str, stdin: bool) -> Value {
+    json!({
+        "name": name,
+        "image": BUSYBOX,
+        "imagePullPolicy": "Never",
+        "command": ["/bin/sh", "-c", script],
+        "stdin": stdin,
+        "stdinOnce": stdin,
+    })
 }

@@ -115,7 +115,7 @@ pub(super) fn sweep() -> Result<()> {
 fn hierarchies() -> Vec<PathBuf> {
     let root = PathBuf::from("/sys/fs/cgroup");
     let inner = fs::read_dir(&root).into_iter().flatten().flatten().map(|entry| entry.path());
-    inner.filter(|path| path.is_dir()).chain([root.clone()]).collect()
+    inner.filter(|path| path.is_dir()).chain([root]).collect()
 }
 
 fn remove_cgroups(name: &str) -> std::io::Result<()> {

@@ -33,7 +33,10 @@ fn answer(mut stream: &TcpStream, name: &str) -> io::Result<()> {
         }
     }
     let (status, body) = if request.starts_with("GET /metrics ") {
-        ("200 OK", format!("# TYPE stand_in gauge\nstand_in{{name=\"{name}\"}} 1\n"))
+        (
+            "200 OK",
+            format!("# TYPE stand_in gauge\nstand_in{{name=\"{name}\"}} 1\n"),
+        )
     } else {
         ("404 Not Found", String::new())
     };

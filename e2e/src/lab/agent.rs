@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Host, Lab, Process, Result, SERVER, START, Server, Spawn, Value, binary, ensure, json};
+use super::{
+    Host, Lab, Process, Result, SERVER, START, Server, Spawn, Value, binary, ensure, json,
+};
 
 /// A running edge-agent.
 #[derive(Debug)]
@@ -39,7 +41,13 @@ impl Agent {
         let host = lab.host(name)?;
         let process = run(&host, name, &config, &dir)?;
         server.wait_session(name, START)?;
-        Ok(Self { process, name: name.into(), config, dir, host })
+        Ok(Self {
+            process,
+            name: name.into(),
+            config,
+            dir,
+            host,
+        })
     }
 
     /// The process, to look at and to signal.

@@ -11,8 +11,7 @@ use super::{
     Context, Host, Lab, Process, Result, SERVER, START, Spawn, Value, anyhow, binary, ensure, json,
 };
 use crate::client::Door;
-use crate::process;
-use crate::wait;
+use crate::{process, wait};
 
 /// The command line tool works on files, or asks a socket: both answer at once.
 const TOOL: Duration = Duration::from_secs(20);
@@ -61,7 +60,12 @@ impl Server {
         let config = lab.config("proxy-server", &config)?;
         let host = lab.host("cloud")?;
         let process = run(&host, &config, &dir)?;
-        Ok(Self { process, config, dir, host })
+        Ok(Self {
+            process,
+            config,
+            dir,
+            host,
+        })
     }
 
     /// The process, to look at and to signal.
@@ -121,8 +125,12 @@ impl Server {
     /// When `cert show` prints none.
     pub fn pin(&self) -> Result<String> {
         let shown = self.tool(&["cert", "show"])?;
-        let pin = shown.split_whitespace().find(|word| word.starts_with("sha256:"));
-        Ok(pin.with_context(|| format!("no pin in {shown:?}"))?.to_owned())
+        let pin = shown
+            .split_whitespace()
+            .find(|word| word.starts_with("sha256:"));
+        Ok(pin
+            .with_context(|| format!("no pin in {shown:?}"))?
+            .to_owned())
     }
 
     /// All sessions.
@@ -131,7 +139,9 @@ impl Server {
     /// When the server does not answer.
     pub fn sessions(&self) -> Result<Vec<Session>> {
         let mut command = Command::new(binary("proxy-server")?);
-        command.args(["status", "--json", "--socket"]).arg(self.dir.join("admin.sock"));
+        command
+            .args(["status", "--json", "--socket"])
+            .arg(self.dir.join("admin.sock"));
         Ok(serde_json::from_str(&succeeded(command)?)?)
     }
 
@@ -142,7 +152,10 @@ impl Server {
     pub fn wait_session(&self, agent: &str, deadline: Duration) -> Result<Session> {
         wait::poll(deadline, &format!("a session of {agent}"), || {
             let sessions = self.sessions()?;
-            let found = sessions.iter().rfind(|session| session.agent == agent).cloned();
+            let found = sessions
+                .iter()
+                .rfind(|session| session.agent == agent)
+                .cloned();
             found.ok_or_else(|| anyhow!("the sessions are {sessions:?}"))
         })
     }
@@ -173,6 +186,10 @@ fn succeeded(command: Command) -> Result<String> {
     let what = format!("{command:?}");
     let output = process::output(command, TOOL)?;
     let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{what}: {}: {errors}", output.status);
+    ensure!(
+        output.status.success(),
+        "{what}: {}: {errors}",
+        output.status
+    );
     Ok(String::from_utf8(output.stdout)?)
 }

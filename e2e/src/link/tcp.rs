@@ -20,7 +20,11 @@ const QUEUE: usize = 64;
 const CONNECTIONS: usize = 256;
 
 /// Forwards until it is dropped.
-pub(super) async fn run(listener: std::net::TcpListener, to: SocketAddr, sky: Arc<Sky>) -> Result<()> {
+pub(super) async fn run(
+    listener: std::net::TcpListener,
+    to: SocketAddr,
+    sky: Arc<Sky>,
+) -> Result<()> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let mut connections = JoinSet::new();
@@ -42,7 +46,10 @@ async fn connection(near: TcpStream, to: SocketAddr, sky: Arc<Sky>) -> Result<()
     far.set_nodelay(true)?;
     let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
     // An error of one way drops both, so the other end sees a connection that is gone.
-    tokio::try_join!(way(near_read, far_write, &sky), way(far_read, near_write, &sky))?;
+    tokio::try_join!(
+        way(near_read, far_write, &sky),
+        way(far_read, near_write, &sky)
+    )?;
     Ok(())
 }
 

@@ -31,7 +31,13 @@ pub(super) async fn run(
 ) -> Result<()> {
     near.set_nonblocking(true)?;
     let near = Arc::new(UdpSocket::from_std(near)?);
-    let line = Arc::new(Line { near, to, sky, late: Mutex::default(), more: Notify::new() });
+    let line = Arc::new(Line {
+        near,
+        to,
+        sky,
+        late: Mutex::default(),
+        more: Notify::new(),
+    });
     tokio::select! {
         ended = line.take_all(rebinds) => ended,
         () = line.deliver() => Ok(()),
@@ -67,7 +73,8 @@ impl Flows {
         let way = Arc::new(UdpSocket::from_std(socket)?);
         self.ways.insert(from, Arc::clone(&way));
         let (line, reader) = (Arc::clone(line), Arc::clone(&way));
-        self.readers.spawn(async move { line.back(&reader, from).await });
+        self.readers
+            .spawn(async move { line.back(&reader, from).await });
         Ok(way)
     }
 
@@ -76,7 +83,9 @@ impl Flows {
         // The old sockets close with their readers, and with what is still on its way through them.
         self.readers = JoinSet::new();
         let sources: Vec<_> = self.ways.drain().map(|(from, _)| from).collect();
-        sources.into_iter().try_for_each(|from| self.add(from, line).map(|_| ()))
+        sources
+            .into_iter()
+            .try_for_each(|from| self.add(from, line).map(|_| ()))
     }
 }
 
@@ -152,7 +161,12 @@ impl Line {
         }
         late.count += 1;
         let due = (Instant::now() + delay, late.count);
-        late.heap.push(Reverse(Datagram { due, bytes: bytes.to_vec(), by: Arc::clone(by), to }));
+        late.heap.push(Reverse(Datagram {
+            due,
+            bytes: bytes.to_vec(),
+            by: Arc::clone(by),
+            to,
+        }));
         self.more.notify_one();
     }
 
@@ -178,7 +192,13 @@ impl Line {
         while let Some(datagram) = self.due(now) {
             let cut = *self.sky.cut.borrow();
             // A host that is down answers with ICMP, which shows here; it loses the datagram and not the line.
-            if !cut && datagram.by.send_to(&datagram.bytes, datagram.to).await.is_ok() {
+            if !cut
+                && datagram
+                    .by
+                    .send_to(&datagram.bytes, datagram.to)
+                    .await
+                    .is_ok()
+            {
                 self.sky.forwarded();
             } else {
                 self.sky.dropped();

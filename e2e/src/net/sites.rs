@@ -18,7 +18,10 @@ impl Net {
     pub fn sites() -> Result<Self> {
         let net = Self::new()?;
         let (cloud, inet) = (net.add("cloud")?, net.add("inet")?);
-        net.link((&cloud, "wan", "203.0.113.10/24"), (&inet, "cloud0", "203.0.113.1/24"))?;
+        net.link(
+            (&cloud, "wan", "203.0.113.10/24"),
+            (&inet, "cloud0", "203.0.113.1/24"),
+        )?;
         cloud.ip("route add default via 203.0.113.1")?;
         inet.forward()?;
         for (number, site) in [(1, 1), (2, 1), (3, 3)] {
@@ -28,11 +31,18 @@ impl Net {
             let edge = net.add(&format!("edge{number}"))?;
             let (router, wan) = (first + 1, format!("198.51.100.{}/29", first + 2));
             net.link(
-                (&inet, &format!("nat{number}"), &format!("198.51.100.{router}/29")),
+                (
+                    &inet,
+                    &format!("nat{number}"),
+                    &format!("198.51.100.{router}/29"),
+                ),
                 (&nat, "wan", &wan),
             )?;
             nat.ip(&format!("route add default via 198.51.100.{router}"))?;
-            let (lan, own) = (format!("192.168.{site}.1/24"), format!("192.168.{site}.10/24"));
+            let (lan, own) = (
+                format!("192.168.{site}.1/24"),
+                format!("192.168.{site}.10/24"),
+            );
             net.link((&nat, "lan", &lan), (&edge, "eth0", &own))?;
             edge.ip(&format!("route add default via 192.168.{site}.1"))?;
             nat.masquerade("wan")?;

@@ -25,6 +25,7 @@ pub(super) fn start(command: Command) -> io::Result<Child> {
         jobs
     });
     let (answer, started) = sync_channel(1);
-    jobs.send((command, answer)).map_err(|_gone| io::ErrorKind::BrokenPipe)?;
+    jobs.send((command, answer))
+        .map_err(|_gone| io::ErrorKind::BrokenPipe)?;
     started.recv().map_err(io::Error::other)?
 }

@@ -33,7 +33,9 @@ impl Process {
     /// When the process is gone.
     pub fn fds(&self) -> Result<usize> {
         let folder = fs::read_dir(format!("/proc/{}/fd", self.id()));
-        Ok(folder.with_context(|| format!("descriptors of {}", self.name()))?.count())
+        Ok(folder
+            .with_context(|| format!("descriptors of {}", self.name()))?
+            .count())
     }
 
     /// Processor time so far, user and system, of all its threads.
@@ -44,7 +46,10 @@ impl Process {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()))
             .with_context(|| format!("times of {}", self.name()))?;
         // The second field is the program's name in brackets, and may hold blanks and brackets itself.
-        let fields = stat.rsplit_once(')').context("no name in /proc/<pid>/stat")?.1;
+        let fields = stat
+            .rsplit_once(')')
+            .context("no name in /proc/<pid>/stat")?
+            .1;
         let mut ticks = 0;
         for field in fields.split_whitespace().skip(11).take(2) {
             ticks += field.parse::<u64>()?;

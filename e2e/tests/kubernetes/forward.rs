@@ -49,12 +49,12 @@ fn connect(port: u16) -> Result<TcpStream> {
 
 fn echoes(port: u16, count: u64) -> Result<()> {
     let streams = (0..count).map(|_| connect(port)).collect::<Result<Vec<_>>>()?;
-    let exchange = |number: u64, mut stream: &TcpStream| -> Result<()> {
+    let exchange = |number: u64, stream: &TcpStream| -> Result<()> {
+        let (mut writer, mut reader) = (stream, stream);
         let sent = noise(1 + 2 * number, LENGTH);
         let mut heard = vec![0; LENGTH];
         thread::scope(|scope| {
-            let writer = scope.spawn(|| stream.write_all(&sent));
-            let mut reader = stream;
+            let writer = scope.spawn(|| writer.write_all(&sent));
             reader.read_exact(&mut heard).context("read")?;
             writer.join().map_err(|_| anyhow!("the writer panicked"))?.context("write")
         })?;

@@ -20,7 +20,7 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
         return;
     }
     let start = Instant::now();
-    let mut cluster = Cluster::start().unwrap();
+    let mut cluster = Cluster::start().unwrap_or_else(|error| panic!("{error:#}"));
     report(&format!("\n  the cluster stands after {:.1} s", start.elapsed().as_secs_f64()));
     let mut steps = Steps::default();
     over_a_unix_socket(&mut steps, &mut cluster);

@@ -10,6 +10,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 pub use endpoint::{Congestion, Endpoint, Incoming, QuicError, Tuning};
 pub use half::{QuicRecv, QuicSend};
@@ -106,6 +107,13 @@ impl QuicSession {
             .unwrap_or_default()
     }
 
+    /// Waits until a close has left, or `most` is over. A server's sessions share an endpoint and are flushed there.
+    pub async fn flush(&self, most: Duration) {
+        if let Some(endpoint) = &self.endpoint {
+            tokio::time::timeout(most, endpoint.wait_idle()).await.ok(); // a peer that is gone can't be waited for
+        }
+    }
+
     fn halves(&self, send: quinn::SendStream, recv: quinn::RecvStream) -> (QuicSend, QuicRecv) {
         let shared = Shared::new(Some(Box::new(Open::new(&self.windows))));
         (QuicSend::new(send, Arc::clone(&shared)), QuicRecv::new(recv, shared))
@@ -169,8 +177,16 @@ fn session_error(error: &quinn::ConnectionError) -> SessionError {
         E::LocallyClosed => SessionError::Local(Reason::Cancelled),
         E::TimedOut => SessionError::Silent,
         E::VersionMismatch | E::CidsExhausted | E::Reset => SessionError::Transport(error.to_string()),
-        E::ConnectionClosed(close) => SessionError::Transport(close.to_string()),
-        E::TransportError(failure) => SessionError::Transport(failure.to_string()),
+        E::ConnectionClosed(close) => coded(close.error_code.into(), close.to_string()),
+        E::TransportError(failure) => coded(failure.code.into(), failure.to_string()),
+    }
+}
+
+/// Codes 0x100 to 0x1ff are TLS alerts (RFC 9001 section 4.8).
+fn coded(code: u64, text: String) -> SessionError {
+    match u8::try_from(code.wrapping_sub(0x100)) {
+        Ok(alert) => SessionError::Tls { alert, text },
+        Err(_other) => SessionError::Transport(text),
     }
 }
 

@@ -1,0 +1,171 @@
+//! Dials destinations: the only place of the agent that connects a TCP socket.
+//!
+//! It dials addresses that the policy has decided about, never names.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use proto::Reason;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+/// Finds destinations that vanished without a word (a pulled plug) within about two minutes.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(60))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(4);
+/// Least time for each of several addresses: three SYNs at a round trip of a third of a second.
+const LEAST: Duration = Duration::from_secs(1);
+
+/// A destination that could not be dialled.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    /// The operating system said no.
+    #[error("dial {address}")]
+    Connect {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    /// There was nothing to dial.
+    #[error("no address to dial")]
+    Nothing,
+    /// Nobody answered.
+    #[error("dial {address}: no answer in time")]
+    Timeout { address: SocketAddr },
+}
+
+impl DialError {
+    pub(crate) fn reason(&self) -> Reason {
+        match self {
+            Self::Connect { source, .. } => of_error(source),
+            Self::Nothing => Reason::Resolve,
+            Self::Timeout { .. } => Reason::DialTimeout,
+        }
+    }
+}
+
+/// What connect(2) and socket(2) may say, as a reason.
+fn of_error(error: &io::Error) -> Reason {
+    if let Some(code) = error.raw_os_error() {
+        let errno = Errno::from_raw(code);
+        if [Errno::EMFILE, Errno::ENFILE].contains(&errno) {
+            return Reason::FilesExhausted;
+        }
+    }
+    let kind = error.kind();
+    if kind == io::ErrorKind::ConnectionRefused {
+        Reason::DialRefused
+    } else if kind == io::ErrorKind::TimedOut {
+        Reason::DialTimeout
+    } else if [io::ErrorKind::HostUnreachable, io::ErrorKind::NetworkUnreachable].contains(&kind) {
+        Reason::DialUnreachable
+    } else {
+        Reason::DialFailed
+    }
+}
+
+/// Dials the addresses in order until one answers. Each may take its share of what is left of the time.
+///
+/// # Errors
+/// That of the last address; running out of descriptors ends it at once.
+pub(crate) async fn dial(
+    targets: &[SocketAddr],
+    deadline: Instant,
+) -> Result<(TcpStream, SocketAddr), DialError> {
+    let mut last = DialError::Nothing;
+    for (tried, address) in targets.iter().enumerate() {
+        let now = Instant::now();
+        let left = u32::try_from(targets.len().saturating_sub(tried)).unwrap_or(u32::MAX);
+        let share = (deadline.saturating_duration_since(now) / left.max(1)).max(LEAST);
+        match connect(*address, deadline.min(now + share)).await {
+            Ok(stream) => return Ok((stream, *address)),
+            Err(error) => last = error,
+        }
+        if last.reason() == Reason::FilesExhausted || Instant::now() >= deadline {
+            break;
+        }
+    }
+    Err(last)
+}
+
+async fn connect(address: SocketAddr, deadline: Instant) -> Result<TcpStream, DialError> {
+    #[expect(clippy::disallowed_methods, reason = "this is where the agent dials")]
+    let connected = timeout_at(deadline, TcpStream::connect(address)).await;
+    let stream = connected
+        .map_err(|_elapsed| DialError::Timeout { address })?
+        .map_err(|source| DialError::Connect { address, source })?;
+    // Without either the stream only does worse: a small write waits, or a dead destination stays.
+    stream.set_nodelay(true).ok();
+    SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE).ok();
+    Ok(stream)
+}
+
+/// Makes the close of this connection abnormal (RST): what the tunnel cut must not look like a clean end.
+pub(crate) fn abort(stream: &TcpStream) {
+    SockRef::from(stream).set_linger(Some(Duration::ZERO)).ok(); // a socket that is closed needs none
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(30)
+    }
+
+    async fn closed_port() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_next_address_is_tried_after_a_refusal() {
+        let closed = closed_port().await;
+        let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = open.local_addr().unwrap();
+        let (_stream, dialled) = dial(&[closed, address], soon()).await.unwrap();
+        assert_eq!(dialled, address);
+        let refused = dial(&[closed], soon()).await.unwrap_err();
+        assert_eq!(refused.reason(), Reason::DialRefused);
+        assert_eq!(refused.to_string(), format!("dial {closed}"));
+    }
+
+    #[tokio::test]
+    async fn a_dial_ends_at_its_deadline() {
+        // A listener whose queue is full answers no SYN.
+        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        listener.listen(0).unwrap();
+        let address = listener.local_addr().unwrap().as_socket().unwrap();
+        let near = || Instant::now() + Duration::from_millis(300);
+        let mut kept = Vec::new();
+        let hung = loop {
+            match dial(&[address], near()).await {
+                Ok(connected) => kept.push(connected),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(hung.reason(), Reason::DialTimeout);
+    }
+
+    #[test]
+    fn each_error_has_its_reason() {
+        for (errno, reason) in [
+            (Errno::ECONNREFUSED, Reason::DialRefused),
+            (Errno::ETIMEDOUT, Reason::DialTimeout),
+            (Errno::EHOSTUNREACH, Reason::DialUnreachable),
+            (Errno::ENETUNREACH, Reason::DialUnreachable),
+            (Errno::EMFILE, Reason::FilesExhausted),
+            (Errno::ENFILE, Reason::FilesExhausted),
+            (Errno::EACCES, Reason::DialFailed),
+            (Errno::EADDRNOTAVAIL, Reason::DialFailed),
+        ] {
+            assert_eq!(of_error(&io::Error::from_raw_os_error(errno as i32)), reason, "{errno}");
+        }
+    }
+}

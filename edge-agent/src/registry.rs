@@ -1,0 +1,88 @@
+//! The sessions that are up, and which of them serves each server.
+//!
+//! Invariant: of one server's sessions the newest is kept and the others are let go, as the server itself prefers the
+//! newest. No IO, no await while the lock is held.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use proto::ServerName;
+use tokio::sync::watch;
+
+use crate::session::Live;
+
+/// The sessions of this process.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    sessions: Mutex<Sessions>,
+    /// How many there are; changes with each that comes or goes.
+    changed: watch::Sender<usize>,
+}
+
+#[derive(Debug, Default)]
+struct Sessions {
+    next: u64,
+    up: BTreeMap<u64, Arc<Live>>,
+}
+
+/// A session's place; dropping it takes the session out.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    registry: Arc<Registry>,
+    key: u64,
+}
+
+impl Registry {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { sessions: Mutex::default(), changed: watch::Sender::new(0) })
+    }
+
+    /// Adds a session; older ones of the same server are let go.
+    pub(crate) fn enter(self: &Arc<Self>, live: Arc<Live>) -> Entered {
+        let mut sessions = self.sessions.lock();
+        let older: Vec<_> =
+            sessions.up.values().filter(|old| old.server() == live.server()).cloned().collect();
+        let key = sessions.next;
+        sessions.next += 1;
+        sessions.up.insert(key, live);
+        let count = sessions.up.len();
+        drop(sessions);
+        for old in older {
+            old.supersede();
+        }
+        self.changed.send_replace(count);
+        Entered { registry: Arc::clone(self), key }
+    }
+
+    /// All sessions, oldest first.
+    pub(crate) fn all(&self) -> Vec<Arc<Live>> {
+        self.sessions.lock().up.values().cloned().collect()
+    }
+
+    /// How many sessions are up, as it changes.
+    pub(crate) fn watch(&self) -> watch::Receiver<usize> {
+        self.changed.subscribe()
+    }
+
+    /// Waits until that server has no session.
+    pub(crate) async fn vacant(&self, server: &ServerName) {
+        let mut changed = self.changed.subscribe();
+        let taken = || self.sessions.lock().up.values().any(|live| live.server() == server);
+        while taken() {
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut sessions = self.registry.sessions.lock();
+        sessions.up.remove(&self.key);
+        let count = sessions.up.len();
+        drop(sessions);
+        self.registry.changed.send_replace(count);
+    }
+}

@@ -1,0 +1,116 @@
+//! What changes while the agent runs: servers, policy and log level from the configuration file, and the operator's
+//! credential files. Sessions and streams are not touched.
+//!
+//! Invariant: what is wrong is refused as a whole, logged and counted, and what was stays.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use certs::Own;
+use daemon::{Change, LogHandle, Reload, Watch, WatchOptions, chain};
+use tokio::sync::watch;
+
+use crate::candidate::Candidates;
+use crate::config::{self, Config, Overrides};
+use crate::enroll::{Enrolment, Expiry};
+use crate::error::AppError;
+use crate::metrics::{AgentMetrics, ResultLabel};
+use crate::policy::Policy;
+use crate::serve::Serving;
+
+/// Where the configuration came from, to read it again.
+#[derive(Debug, Clone)]
+pub struct ConfigSource {
+    /// The file.
+    pub file: PathBuf,
+    /// Flags and variables that go before it.
+    pub overrides: Overrides,
+    /// Asks for a reload whatever the file says (SIGHUP).
+    pub reload: Reload,
+}
+
+/// The configuration as it is applied now.
+pub(crate) struct Reloading {
+    pub(crate) source: ConfigSource,
+    pub(crate) config: Config,
+    pub(crate) serving: Arc<Serving>,
+    pub(crate) candidates: Arc<Candidates>,
+    pub(crate) log: LogHandle,
+    pub(crate) metrics: AgentMetrics,
+}
+
+impl Reloading {
+    /// Watches the configuration file, for ever.
+    pub(crate) async fn run(mut self, options: WatchOptions) {
+        let file = self.source.file.clone();
+        let mut watch = Watch::new([file], options, self.source.reload.clone());
+        loop {
+            let _change: Change = watch.changed().await;
+            match config::load(&self.source.file, &self.source.overrides) {
+                Ok(new) => {
+                    self.apply(new).await;
+                    self.metrics.reloads.get_or_create(&ResultLabel::DONE).inc();
+                }
+                Err(error) => {
+                    self.metrics.reloads.get_or_create(&ResultLabel::FAILED).inc();
+                    tracing::error!(error = %chain(&error), "configuration refused, the old one stays");
+                }
+            }
+        }
+    }
+
+    async fn apply(&mut self, new: Config) {
+        let fixed = self.config.fixed_differences(&new);
+        if !fixed.is_empty() {
+            tracing::warn!(keys = fixed.join(", "), "these keys take effect with the next start");
+        }
+        self.serving.policy.store(Arc::new(Policy::from(&new)));
+        if new.servers != self.config.servers {
+            self.candidates.replace(new.servers.clone()).await;
+            self.candidates.refresh().await;
+        }
+        if new.log_level != self.config.log_level
+            && let Err(error) = self.log.set(&new.log_level)
+        {
+            tracing::error!(error = %chain(&error), "log level not changed");
+        }
+        tracing::info!(file = %self.source.file.display(), "configuration reloaded");
+        self.config = new;
+    }
+}
+
+/// Watches the operator's credential files, for ever; `renewed` counts.
+pub(crate) async fn credential(
+    enrolment: Enrolment,
+    own: Own,
+    expiry: Expiry,
+    renewed: watch::Sender<u64>,
+    (reload, options): (Reload, WatchOptions),
+) {
+    let Some(files) = enrolment.operators().cloned() else { return std::future::pending().await };
+    let all = [&files.certificate, &files.key, &files.ca].map(Clone::clone);
+    let mut watch = Watch::new(all, options, reload);
+    loop {
+        let _change: Change = watch.changed().await;
+        match enrolment.read(&files) {
+            Ok((credential, bundle)) => {
+                if credential.fingerprint() == own.credential.load().fingerprint() {
+                    own.bundle.replace(bundle);
+                    continue;
+                }
+                tracing::info!(serial = credential.serial(), "credential reloaded");
+                expiry.set(&credential);
+                own.bundle.replace(bundle);
+                own.credential.replace(credential);
+                renewed.send_modify(|count| *count += 1);
+            }
+            // Files of a credential change one after the other.
+            Err(error @ AppError::Credential { .. }) => {
+                tracing::warn!(error = %chain(&error), "credential refused, the old one stays");
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "credential refused, the old one stays");
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! One stream: header → policy → dial → reply → relay → record. Each step has its time limit; whatever goes wrong is
+//! one [`Reason`], told to the server and written into the stream's record.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bytes::{Bytes, BytesMut};
+use daemon::chain;
+use proto::transport::{RecvHalf, SendHalf};
+use proto::wire::{StreamHeader, StreamReply, encode, pb};
+use proto::{Budget, Early, FrameReader, Host, Local, Reason, Relay, RelayEnd, read_frame_within, relay};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Timeouts;
+use crate::dial::{self, dial};
+use crate::files::{FilePermit, Files};
+use crate::metrics::AgentMetrics;
+use crate::own::OwnAddresses;
+use crate::policy::Policy;
+use crate::record::Record;
+use crate::resolve::Resolver;
+use crate::session::Live;
+
+/// For the header to arrive (docs/protocol.md section 5).
+const HEADER: Duration = Duration::from_secs(10);
+/// For a reply to leave, and for the server to drop a stream that was refused.
+const REPLY: Duration = Duration::from_secs(10);
+/// Bytes that a server may send before its reply: what is more waits in the transport.
+const EARLY: usize = 64 << 10;
+
+/// What serving a stream needs.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    pub(crate) policy: ArcSwap<Policy>,
+    pub(crate) own: OwnAddresses,
+    pub(crate) resolver: Resolver,
+    pub(crate) files: Files,
+    pub(crate) budget: Budget,
+    pub(crate) timeouts: Timeouts,
+    pub(crate) metrics: AgentMetrics,
+    /// Cancelled once new streams are refused.
+    pub(crate) refusing: CancellationToken,
+    /// Cancelled when what still runs is cut.
+    pub(crate) cut: CancellationToken,
+}
+
+/// Why a stream did not come to its relay: the reason and the words for whoever asked.
+type Refusal = (Reason, String);
+
+/// Serves one stream to its end.
+pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
+    serving: Arc<Serving>,
+    session: Option<Arc<Live>>,
+    (mut send, recv): (S, R),
+) {
+    let mut record = Record::new(serving.metrics.clone(), session);
+    let mut reader = FrameReader::new(recv);
+    let read = read_frame_within::<pb::StreamHeader, _>(&mut reader, HEADER).await;
+    let (mut recv, rest) = reader.into_parts();
+    let header = match read {
+        Ok(header) => header,
+        Err(error) => {
+            record.failed(error.reason(), &chain(&error).to_string());
+            send.reset(error.reason());
+            recv.reset(error.reason());
+            return;
+        }
+    };
+    let mut early = BytesMut::from(rest);
+    let reached = match StreamHeader::from_pb(&header) {
+        Err(error) => Err((Reason::BadRequest, chain(&error).to_string())),
+        Ok(header) => {
+            record.asked(&header.destination, &header.trace);
+            tokio::select! {
+                biased;
+                reason = gone(&mut recv, &mut early) => {
+                    // Nobody is left to answer.
+                    record.failed(reason, "while dialling");
+                    send.reset(reason);
+                    recv.reset(reason);
+                    return;
+                }
+                reached = reach(&serving, &header, &mut record) => reached,
+            }
+        }
+    };
+    match reached {
+        Err((reason, detail)) => {
+            record.failed(reason, &detail);
+            refuse(send, recv, (reason, detail)).await;
+        }
+        Ok((mut stream, _permit)) => {
+            if let Err(reason) = reply(&mut send, &Ok(())).await {
+                record.failed(reason, "while replying");
+                dial::abort(&stream);
+                return;
+            }
+            let end = run(&serving, &record, (&mut send, &mut recv), &mut stream, early.freeze()).await;
+            if let RelayEnd::Cut(_) = end {
+                dial::abort(&stream);
+            }
+            record.relayed(end);
+        }
+    }
+}
+
+/// Resolves when the stream is reset. What the server sends meanwhile is kept, up to a limit.
+async fn gone<R: RecvHalf>(recv: &mut R, early: &mut BytesMut) -> Reason {
+    while early.len() < EARLY {
+        let mut chunk = [Bytes::new()];
+        match recv.read_chunks(&mut chunk).await {
+            Ok(Some(_)) => chunk.iter().for_each(|chunk| early.extend_from_slice(chunk)),
+            // Half-closed before the dial is done: the relay passes it on.
+            Ok(None) => break,
+            Err(error) => return error.reason(),
+        }
+    }
+    std::future::pending().await
+}
+
+/// Policy, then dial.
+async fn reach(
+    serving: &Serving,
+    header: &StreamHeader,
+    record: &mut Record,
+) -> Result<(TcpStream, FilePermit), Refusal> {
+    if serving.refusing.is_cancelled() {
+        return Err((Reason::Draining, "the agent is stopping".to_owned()));
+    }
+    let asked = Some(header.deadline).filter(|deadline| !deadline.is_zero());
+    let limit = asked.unwrap_or(serving.timeouts.dial).min(serving.timeouts.dial);
+    let started = Instant::now();
+    let targets = targets(serving, header, limit).await?;
+    let permit = serving.files.take().ok_or_else(|| {
+        (Reason::FilesExhausted, "the agent's open files are near their limit".to_owned())
+    })?;
+    let (stream, address) = dial(&targets, started + limit)
+        .await
+        .map_err(|error| (error.reason(), chain(&error).to_string()))?;
+    record.dialled(address, started);
+    Ok((stream, permit))
+}
+
+/// The addresses to dial: decided about one by one, after names are resolved.
+async fn targets(
+    serving: &Serving,
+    header: &StreamHeader,
+    limit: Duration,
+) -> Result<Vec<SocketAddr>, Refusal> {
+    let policy = serving.policy.load_full();
+    let own = serving.own.with(&policy.node_addresses);
+    let destination = &header.destination;
+    if policy.is_node(&destination.host) {
+        return policy
+            .node_targets(&own, destination.port)
+            .map_err(|denied| (denied.reason(), denied.to_string()));
+    }
+    let resolved = serving
+        .resolver
+        .resolve(destination, limit)
+        .await
+        .map_err(|error| (error.reason(), chain(&error).to_string()))?;
+    let mut denied = None;
+    let mut targets = Vec::new();
+    for address in resolved {
+        match policy.target(&own, address.ip(), address.port()) {
+            Ok(target) => targets.push(target),
+            Err(error) => denied = denied.or(Some(error)),
+        }
+    }
+    match denied {
+        Some(denied) if targets.is_empty() => {
+            let detail = match &destination.host {
+                Host::Ip(_) => denied.to_string(),
+                Host::Name(name) => format!("{name}: {denied}"),
+            };
+            Err((denied.reason(), detail))
+        }
+        Some(_) | None => Ok(targets),
+    }
+}
+
+async fn run<S: SendHalf, R: RecvHalf>(
+    serving: &Serving,
+    record: &Record,
+    tunnel: (&mut S, &mut R),
+    stream: &mut TcpStream,
+    early: Bytes,
+) -> RelayEnd {
+    let settings = Relay {
+        local: Local::Destination,
+        budget: serving.budget.clone(),
+        half_open: serving.timeouts.half_open,
+        counters: record.counters(),
+    };
+    let early = Early { from_tunnel: early, from_local: Bytes::new() };
+    let stop = async {
+        serving.cut.cancelled().await;
+        Reason::Draining
+    };
+    relay(&settings, tunnel, stream, early, stop).await
+}
+
+async fn reply<S: SendHalf>(send: &mut S, reply: &StreamReply) -> Result<(), Reason> {
+    let frame = encode(&pb::StreamReply::from(reply));
+    match timeout(REPLY, send.write_chunk(frame)).await {
+        Ok(wrote) => wrote.map_err(|error| error.reason()),
+        Err(_elapsed) => Err(Reason::Timeout),
+    }
+}
+
+/// Tells why not, and waits until the server has dropped the stream: to drop it here would take the words back.
+async fn refuse<S: SendHalf, R: RecvHalf>(mut send: S, mut recv: R, refusal: Refusal) {
+    if reply(&mut send, &Err(refusal)).await.is_err() || send.finish().is_err() {
+        return;
+    }
+    let dropped = async {
+        let mut chunk = [Bytes::new()];
+        while let Ok(Some(_)) = recv.read_chunks(&mut chunk).await {}
+    };
+    timeout(REPLY, dropped).await.ok(); // a server that keeps it has had its time
+}
+
+#[cfg(test)]
+mod tests;

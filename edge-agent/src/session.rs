@@ -1,0 +1,330 @@
+//! One live session: its control stream, the streams that the server opens, and how it is left.
+//!
+//! A session is left in one of four ways: it ends (line, server); the server says GoAway and closes it later; a newer
+//! session takes over and this one runs out; or its certificate ended an hour ago.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use certs::{Own, SERVER_SNI, UnixTime};
+use daemon::Tasks;
+use proto::control::{Control, ControlHandle, GoAway, HANDSHAKE, Liveness};
+use proto::transport::keepalive::{Keepalive, Verdict};
+use proto::transport::quic::{Endpoint, QuicSession, Tuning};
+use proto::transport::{Session, SessionError, SessionStats};
+use proto::wire::{Accepted, Offer};
+use proto::{Reason, ServerName};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+
+use crate::backoff;
+use crate::error::OpenError;
+use crate::metrics::AgentMetrics;
+use crate::registry::Registry;
+use crate::serve::{Serving, serve};
+
+/// How long a session may outlive its certificate: long sessions end in peace, stolen keys do not last.
+const AFTERLIFE: Duration = Duration::from_secs(3600);
+/// A server's time that differs by more is worth a warning.
+const SKEW_WARNING: u64 = 60;
+/// What a server gets beyond the deadline it named, before this end closes.
+const LATE: Duration = Duration::from_secs(5);
+
+/// What opening and running sessions needs.
+pub(crate) struct Terms {
+    pub(crate) own: Own,
+    pub(crate) tls: Arc<quinn::crypto::rustls::QuicClientConfig>,
+    pub(crate) tuning: Tuning,
+    pub(crate) keepalive: Keepalive,
+    pub(crate) offer: Offer,
+    pub(crate) serving: Arc<Serving>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) metrics: AgentMetrics,
+    pub(crate) sessions: Tasks,
+    pub(crate) streams: Tasks,
+}
+
+/// Where a session stands, for its supervisor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// It serves, and nobody wants it gone.
+    Up,
+    /// The server wants it gone. It goes on serving until the server closes it.
+    Told(GoAway),
+    /// A newer session of the same server has taken over.
+    Superseded,
+    /// It is over.
+    Ended(End),
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) reason: Reason,
+    pub(crate) useful: bool,
+}
+
+/// A session that is up.
+#[derive(Debug)]
+pub(crate) struct Live {
+    session: QuicSession,
+    control: ControlHandle,
+    liveness: Arc<Liveness>,
+    accepted: Accepted<ServerName>,
+    since: UnixTime,
+    started: Instant,
+    /// When the certificate it was opened with ends.
+    expires_in: Duration,
+    served: AtomicU64,
+    streams: watch::Sender<usize>,
+    phase: watch::Sender<Phase>,
+}
+
+/// Opens a session with the server at `address` and runs it in a task of its own.
+pub(crate) async fn open(terms: &Arc<Terms>, address: SocketAddr) -> Result<Arc<Live>, OpenError> {
+    let expires = terms.own.credential.load().not_after();
+    let dial = Endpoint::dial(address, SERVER_SNI, Arc::clone(&terms.tls), terms.tuning);
+    let session = timeout(HANDSHAKE, dial)
+        .await
+        .map_err(|_elapsed| OpenError::Timeout { address, after: HANDSHAKE })?
+        .map_err(|source| OpenError::Quic { address, source })?;
+    let server = certs::peer(&session.peer_certificates())
+        .map_err(|source| OpenError::Peer { address, source })?;
+    let (control, accepted) = Control::dial(session.clone(), &terms.offer)
+        .await
+        .map_err(|source| OpenError::Control { address, source })?;
+    if accepted.peer.as_str() != server.identity.name.as_str() {
+        session.close(Reason::IdentityMismatch);
+        let (claimed, certified) = (accepted.peer.to_string(), server.identity.name.to_string());
+        return Err(OpenError::OtherServer { address, claimed, certified });
+    }
+    observe_time(&terms.own, accepted.server_time_ms, &server);
+    let now = terms.own.clock.now();
+    let live = Arc::new(Live {
+        control: control.handle(),
+        liveness: Liveness::new(terms.keepalive),
+        accepted,
+        since: now,
+        started: Instant::now(),
+        expires_in: Duration::from_secs(expires.as_secs().saturating_sub(now.as_secs())),
+        served: AtomicU64::new(0),
+        streams: watch::Sender::new(0),
+        phase: watch::Sender::new(Phase::Up),
+        session,
+    });
+    terms.metrics.sessions_opened.inc();
+    tracing::info!(
+        server = %live.server(), session = live.id(), remote = %address,
+        version = live.software(), "session up"
+    );
+    let run = run(Arc::clone(terms), control, Arc::clone(&live));
+    terms.sessions.spawn("session", run);
+    Ok(live)
+}
+
+/// Believed only now, as the server has proved who it is.
+fn observe_time(own: &Own, server_time_ms: i64, server: &certs::Peer) {
+    let Ok(millis) = u64::try_from(server_time_ms) else { return };
+    let told = UnixTime::since_unix_epoch(Duration::from_millis(millis));
+    let skew_seconds = own.clock.observe(told, server);
+    if skew_seconds.unsigned_abs() > SKEW_WARNING {
+        tracing::warn!(skew_seconds, "this host's clock differs from the server's");
+    }
+}
+
+async fn run(terms: Arc<Terms>, control: Control<QuicSession>, live: Arc<Live>) {
+    let _entered = terms.registry.enter(Arc::clone(&live));
+    let end = tokio::select! {
+        biased;
+        error = control.run(&live.liveness, |away| live.told(away)) => error,
+        never = accept(&terms, &live) => match never {},
+        reason = live.left() => {
+            live.session.close(reason);
+            SessionError::Local(reason)
+        }
+    };
+    let reason = end.reason();
+    let useful = live.is_useful();
+    terms.metrics.session_ends.get_or_create(&reason.into()).inc();
+    tracing::info!(
+        server = %live.server(), session = live.id(), %reason, error = %end,
+        streams = live.served.load(Ordering::Relaxed),
+        lasted_s = live.started.elapsed().as_secs(), "session over"
+    );
+    live.phase.send_replace(Phase::Ended(End { reason, useful }));
+}
+
+/// Serves the streams that the server opens, each in a task of its own. The transport bounds how many there are.
+async fn accept(terms: &Arc<Terms>, live: &Arc<Live>) -> std::convert::Infallible {
+    loop {
+        let Ok(halves) = live.session.accept().await else {
+            // The control stream says how the session ended.
+            std::future::pending().await
+        };
+        let open = OpenStream::new(live);
+        let serving = serve(Arc::clone(&terms.serving), Some(Arc::clone(live)), halves);
+        terms.streams.spawn("stream", async move {
+            let _open = open;
+            serving.await;
+        });
+    }
+}
+
+/// Counts one stream for as long as it is open.
+#[derive(Debug)]
+struct OpenStream(Arc<Live>);
+
+impl OpenStream {
+    fn new(live: &Arc<Live>) -> Self {
+        live.served.fetch_add(1, Ordering::Relaxed);
+        live.streams.send_modify(|open| *open += 1);
+        Self(Arc::clone(live))
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.streams.send_modify(|open| *open = open.saturating_sub(1));
+    }
+}
+
+impl Live {
+    /// Who is at the other end.
+    pub(crate) const fn server(&self) -> &ServerName {
+        &self.accepted.peer
+    }
+
+    /// The session's id.
+    pub(crate) const fn id(&self) -> &str {
+        self.accepted.session.as_str()
+    }
+
+    /// The server's software.
+    pub(crate) const fn software(&self) -> &str {
+        self.accepted.software.as_str()
+    }
+
+    /// When it came up.
+    pub(crate) const fn since(&self) -> UnixTime {
+        self.since
+    }
+
+    /// Where the server is.
+    pub(crate) fn remote(&self) -> SocketAddr {
+        self.session.remote_address()
+    }
+
+    /// Streams that are open.
+    pub(crate) fn streams(&self) -> usize {
+        *self.streams.borrow()
+    }
+
+    /// The transport's figures.
+    pub(crate) fn stats(&self) -> SessionStats {
+        self.session.stats()
+    }
+
+    /// Whether nothing was heard for too long.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.liveness.verdict() != Verdict::Healthy
+    }
+
+    /// Where it stands, as it changes.
+    pub(crate) fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// Waits until no stream is open.
+    pub(crate) async fn idle(&self) {
+        let mut streams = self.streams.subscribe();
+        streams.wait_for(|open| *open == 0).await.ok(); // the sender lives in `self`
+    }
+
+    fn is_useful(&self) -> bool {
+        let heard_after = self.started.elapsed().saturating_sub(self.liveness.silence());
+        backoff::is_useful(self.served.load(Ordering::Relaxed), heard_after)
+    }
+
+    fn told(&self, away: GoAway) {
+        tracing::info!(
+            server = %self.server(), session = self.id(), reason = %away.reason, detail = away.detail,
+            deadline_ms = millis(away.deadline), retry_after_ms = millis(away.retry_after),
+            "server asks to go elsewhere"
+        );
+        self.phase.send_if_modified(|phase| {
+            let is_up = *phase == Phase::Up;
+            if is_up {
+                *phase = Phase::Told(away);
+            }
+            is_up
+        });
+    }
+
+    /// A newer session has taken over: this one runs out.
+    pub(crate) fn supersede(&self) {
+        self.phase.send_if_modified(|phase| {
+            let runs = !matches!(phase, Phase::Superseded | Phase::Ended(_));
+            if runs {
+                *phase = Phase::Superseded;
+            }
+            runs
+        });
+    }
+
+    /// Tells the server that this end stops.
+    pub(crate) fn go_away(&self, reason: Reason, deadline: Duration) {
+        let detail = String::new();
+        self.control.go_away(GoAway { reason, deadline, retry_after: Duration::ZERO, detail });
+    }
+
+    /// Ends it with all its streams.
+    pub(crate) fn close(&self, reason: Reason) {
+        self.session.close(reason);
+    }
+
+    /// Waits until the server has been told of the end, `most` at the longest.
+    pub(crate) async fn flush(&self, most: Duration) {
+        self.session.flush(most).await;
+    }
+
+    /// How long until the server has certainly read what was sent, a loss or two included.
+    pub(crate) fn settled(&self) -> Duration {
+        (self.stats().rtt * 4).clamp(Duration::from_millis(100), Duration::from_secs(2))
+    }
+
+    /// Resolves with the reason when this end should close the session.
+    async fn left(&self) -> Reason {
+        let last = self.started + self.expires_in + AFTERLIFE;
+        let mut phase = self.phase();
+        let mut last = (last, Reason::CertificateExpired);
+        loop {
+            let now = phase.borrow_and_update().clone();
+            match now {
+                Phase::Up | Phase::Ended(_) => {}
+                Phase::Told(away) => {
+                    last = last.min((Instant::now() + away.deadline + LATE, away.reason));
+                }
+                Phase::Superseded => return self.run_out(last.0).await,
+            }
+            tokio::select! {
+                () = sleep_until(last.0) => return last.1,
+                Ok(()) = phase.changed() => {}
+            }
+        }
+    }
+
+    /// Lets the open streams end, until `last`.
+    async fn run_out(&self, last: Instant) -> Reason {
+        let left = last.saturating_duration_since(Instant::now());
+        self.go_away(Reason::Replaced, left);
+        sleep(self.settled()).await;
+        timeout_at(last, self.idle()).await.ok(); // over time they are cut
+        Reason::Replaced
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,427 @@
+//! Start and stop of a proxy-server, in order, on one screen: [`App::bind`] and [`Bound::run`].
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use certs::tunnel_server_quic;
+use daemon::admin::{Endpoint as HttpEndpoint, Reply, Routes};
+use daemon::{BindOptions, Drained, Exit, Listen, Listener, LogHandle, Readiness, Reload, Tasks};
+use proto::Budget;
+use proto::transport::keepalive::Keepalive;
+use proto::transport::quic::{Endpoint, QuicSession, Tuning};
+use proto::wire::ServerOffer;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::backend::{Backend, stream_limits};
+use crate::config::{Config, Elsewhere, Frontend};
+use crate::enrolment::{Authority, Enrolment};
+use crate::frontend::forward_proxy::{ForwardProxy, Pool};
+use crate::frontend::http_connect::HttpConnect;
+use crate::limits::Limits;
+use crate::metrics::Metrics;
+use crate::registry::Registry;
+use crate::reload::{Changeable, Reloader, Source, frontend_credentials, frontend_tls, live};
+use crate::route::RouteTable;
+use crate::serve::{Forwarder, Routing};
+use crate::status;
+
+/// Enrolments at once: each lives 30 s at most.
+const MAX_ENROLMENTS: usize = 512;
+/// How long resets and good-byes may take to leave.
+const FLUSH: Duration = Duration::from_secs(3);
+/// How often gauges that nobody sets in passing are set.
+const GAUGES: Duration = Duration::from_secs(5);
+/// Tries to find a port that is free for UDP and TCP, where the configuration leaves it open.
+const PORT_TRIES: usize = 16;
+
+/// What an app is given beside its configuration.
+#[derive(Debug)]
+pub struct Environment {
+    /// Where the configuration came from.
+    pub source: Source,
+    /// To change the log level.
+    pub log: LogHandle,
+    /// Asks for reloads.
+    pub reload: Reload,
+}
+
+/// How a proxy-server comes up.
+#[derive(Debug)]
+pub struct App;
+
+enum Door {
+    Connect(Listener, Arc<HttpConnect>),
+    Proxy(Listener, Arc<ForwardProxy>),
+}
+
+/// A proxy-server whose addresses are bound and which serves nobody yet.
+pub struct Bound {
+    /// Where agents come in: QUIC and enrolment, the same port.
+    pub backend: Vec<SocketAddr>,
+    /// Where requests come in, in the order of the configuration.
+    pub frontends: Vec<Listen>,
+    /// livez, readyz, metrics.
+    pub observe: Listen,
+    /// Admin endpoints.
+    pub admin: Vec<Listen>,
+    /// Sessions, for tests and the demo.
+    pub registry: Registry<QuicSession>,
+    config: Config,
+    reload: Reload,
+    metrics: daemon::Metrics,
+    endpoints: Vec<(Endpoint, Listener)>,
+    doors: Vec<Door>,
+    http: (HttpEndpoint, Vec<HttpEndpoint>),
+    enrolment: Arc<Enrolment>,
+    reloader: Reloader,
+    streams: Tasks,
+    stop_enrolment: CancellationToken,
+}
+
+impl std::fmt::Debug for Bound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bound")
+            .field("backend", &self.backend)
+            .field("frontends", &self.frontends)
+            .finish_non_exhaustive()
+    }
+}
+
+impl App {
+    /// Opens the state, builds everything and binds every address. Must run within a runtime.
+    ///
+    /// # Errors
+    /// What could not be opened, read or bound.
+    pub fn bind(config: Config, environment: Environment) -> anyhow::Result<Bound> {
+        let Environment { source, log, reload } = environment;
+        let daemon_metrics = daemon::Metrics::new(env!("CARGO_PKG_VERSION"));
+        let metrics = Metrics::new(&daemon_metrics);
+        let authority = Arc::new(Authority::open(&config)?);
+        authority.export(&metrics);
+        let (_, enrolled) = authority.refresh().context("read the token store")?;
+        let budget = Budget::new(config.backend.memory.0);
+        let window = budget.stream_window();
+        let forwarder = Arc::new(Forwarder {
+            routing: Arc::new(Routing {
+                table: ArcSwap::from_pointee(RouteTable::new(&config.routes)),
+                enrolled: ArcSwap::from_pointee(enrolled),
+            }),
+            registry: Registry::default(),
+            limits: Limits::new(&config.limits),
+            metrics,
+            budget,
+            timeouts: config.timeouts,
+            own: ArcSwap::default(),
+            cut: CancellationToken::new(),
+        });
+        let tuning = Tuning::server(window, config.backend.idle_timeout);
+        let name = config.server_name().context("read the server's name")?;
+        let backend = Arc::new(Backend {
+            forwarder: Arc::clone(&forwarder),
+            offer: ServerOffer {
+                server: name.as_str().parse().context("read the server's name")?,
+                software: concat!("proxy-server ", env!("CARGO_PKG_VERSION")).to_owned(),
+                capabilities: Vec::new(),
+                limits: stream_limits(window, tuning.max_streams),
+            },
+            clock: authority.own.clock.clone(),
+            keepalive: Keepalive {
+                idle_timeout: config.backend.idle_timeout,
+                ..Keepalive::default()
+            },
+            sessions_per_agent: config.limits.sessions_per_agent,
+            tasks: Tasks::new(),
+        });
+        let tls = tunnel_server_quic(&authority.own, &authority.revoked).context("TLS of the tunnel")?;
+        let pauses = daemon_metrics.accept_pauses();
+        let options = |max_connections| BindOptions {
+            max_connections,
+            pauses: pauses.clone(),
+            ..BindOptions::default()
+        };
+        let mut endpoints = Vec::new();
+        for address in &config.backend.listen {
+            endpoints.push(bind_backend(*address, || options(MAX_ENROLMENTS), |address| {
+                Endpoint::listen(address, Arc::clone(&tls), tuning)
+            })?);
+        }
+        let streams = Tasks::new();
+        let (mut doors, mut frontends, mut changeable) = (Vec::new(), Vec::new(), Vec::new());
+        for frontend in &config.frontends {
+            let mut options = options(config.limits.connections);
+            if let Frontend::HttpConnect { mode, .. } = frontend {
+                options.mode = mode.0;
+            }
+            let listen = frontend.listen();
+            let listener = Listener::bind_with(listen, options)
+                .with_context(|| format!("listen on {listen}"))?;
+            frontends.push(listener.bound().clone());
+            let tls = live(frontend_tls(&authority.own, frontend)?);
+            let (door, proxy) =
+                open_door(frontend, listener, tls.clone(), &forwarder, &streams)?;
+            doors.push(door);
+            changeable.push(Changeable { tls, proxy });
+        }
+        let http = bind_http(&config, &daemon_metrics)?;
+        let own = endpoints
+            .iter()
+            .filter_map(|(_, tcp)| tcp.bound().tcp())
+            .chain(frontends.iter().filter_map(Listen::tcp))
+            .chain(http.0.bound().tcp())
+            .collect();
+        forwarder.own.store(Arc::new(own));
+        let stop_enrolment = CancellationToken::new();
+        let enrolment = Enrolment::new(&authority, &config, stop_enrolment.clone())
+            .context("TLS of the enrolment")?;
+        Ok(Bound {
+            backend: endpoints.iter().filter_map(|(_, tcp)| tcp.bound().tcp()).collect(),
+            frontends,
+            observe: http.0.bound().clone(),
+            admin: http.1.iter().map(|endpoint| endpoint.bound().clone()).collect(),
+            registry: forwarder.registry.clone(),
+            reloader: Reloader {
+                source,
+                running: config.clone(),
+                log,
+                authority,
+                backend,
+                frontends: changeable,
+            },
+            config,
+            reload,
+            metrics: daemon_metrics,
+            endpoints,
+            doors,
+            http,
+            enrolment: Arc::new(enrolment),
+            streams,
+            stop_enrolment,
+        })
+    }
+}
+
+fn open_door(
+    frontend: &Frontend,
+    listener: Listener,
+    tls: Option<crate::frontend::LiveTls>,
+    forwarder: &Arc<Forwarder>,
+    streams: &Tasks,
+) -> anyhow::Result<(Door, Option<Arc<ForwardProxy>>)> {
+    let forwarder = Arc::clone(forwarder);
+    match (frontend, tls) {
+        (Frontend::HttpConnect { default, .. }, tls) => {
+            let door = HttpConnect { forwarder, tls, elsewhere: *default };
+            Ok((Door::Connect(listener, Arc::new(door)), None))
+        }
+        (Frontend::ForwardProxy { .. }, Some(tls)) => {
+            let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
+            let pool = Pool::new(Arc::clone(&forwarder), streams);
+            let tasks = streams.clone();
+            let proxy = Arc::new(ForwardProxy { forwarder, tls, credentials, pool, tasks });
+            Ok((Door::Proxy(listener, Arc::clone(&proxy)), Some(proxy)))
+        }
+        (Frontend::ForwardProxy { listen, .. }, None) => {
+            anyhow::bail!("a forward proxy has TLS and so a TCP address, not {listen}")
+        }
+    }
+}
+
+/// TCP and UDP on one port; a port that was left open is chosen so that it is free for both.
+fn bind_backend(
+    address: SocketAddr,
+    options: impl Fn() -> BindOptions,
+    listen: impl Fn(SocketAddr) -> Result<Endpoint, proto::transport::quic::QuicError>,
+) -> anyhow::Result<(Endpoint, Listener)> {
+    let mut tries = if address.port() == 0 { PORT_TRIES } else { 1 };
+    loop {
+        tries -= 1;
+        let tcp = Listener::bind_with(&Listen::Tcp(address), options())
+            .with_context(|| format!("listen on {address}/tcp"))?;
+        let port = tcp.bound().tcp().map_or_else(|| address.port(), |bound| bound.port());
+        match listen(SocketAddr::new(address.ip(), port)) {
+            Ok(udp) => return Ok((udp, tcp)),
+            Err(error) if tries == 0 => return Err(error.into()),
+            Err(_taken) => {}
+        }
+    }
+}
+
+fn bind_http(
+    config: &Config,
+    metrics: &daemon::Metrics,
+) -> anyhow::Result<(HttpEndpoint, Vec<HttpEndpoint>)> {
+    let observe = HttpEndpoint::observe(&config.observe.listen, metrics)?;
+    let mut admin = vec![HttpEndpoint::admin(&config.admin.listen, metrics)?];
+    if let Some(socket) = &config.admin.socket {
+        admin.push(HttpEndpoint::admin(&Listen::Unix(socket.clone()), metrics)?);
+    }
+    Ok((observe, admin))
+}
+
+impl Bound {
+    /// Serves until `shutdown`, then drains; `immediate` cuts the drain short.
+    pub async fn run(self, shutdown: CancellationToken, immediate: CancellationToken) -> Exit {
+        let backend = Arc::clone(&self.reloader.backend);
+        let forwarder = Arc::clone(&backend.forwarder);
+        let readiness = Readiness::new();
+        let starting = readiness.register("proxy-server");
+        let (service, ops, streams) = (Tasks::new(), Tasks::new(), self.streams.clone());
+        let drain = self.config.drain;
+
+        serve_http(&self.config, self.http, &readiness, &[&service, &backend.tasks], &ops, (self.metrics, self.reloader.log.clone()), &forwarder);
+        let authority = Arc::clone(&self.reloader.authority);
+        for_ever(&service, "renewal", authority.keep_renewed(Arc::clone(&forwarder.metrics)));
+        for_ever(&service, "gauges", gauges(Arc::clone(&forwarder)));
+        for_ever(&service, "reload", self.reloader.run(self.reload));
+        let udp: Vec<Endpoint> = self.endpoints.iter().map(|(udp, _)| udp.clone()).collect();
+        for (endpoint, tcp) in self.endpoints {
+            tracing::info!(address = %tcp.bound(), "agents: QUIC on udp, enrolment on tcp");
+            service.critical("backend", Arc::clone(&backend).accept(endpoint));
+            let (enrolment, tasks, stop) =
+                (Arc::clone(&self.enrolment), backend.tasks.clone(), self.stop_enrolment.clone());
+            service.critical("enrolment", async move {
+                let serve = move |stream, peer| Arc::clone(&enrolment).serve(stream, peer);
+                log_end("enrolment", tcp.serve("enrolment", &tasks, stop, serve).await);
+            });
+        }
+        let stop_requests = CancellationToken::new();
+        for door in self.doors {
+            let (tasks, stop) = (streams.clone(), stop_requests.clone());
+            service.critical("frontend", async move { door.run(&tasks, stop).await });
+        }
+        drop(starting);
+        daemon::sd::ready();
+        let watched = service.clone();
+        let _watchdog = daemon::sd::Watchdog::start(move || watched.failure().is_none());
+        tracing::info!("ready");
+
+        let exit = tokio::select! {
+            () = shutdown.cancelled() => Exit::Drained,
+            name = service.failed() => {
+                tracing::error!(task = name, "a task that must not end has ended");
+                Exit::Failed
+            }
+        };
+        daemon::sd::stopping();
+        readiness.begin_drain();
+        tracing::info!(sessions = forwarder.registry.len(), streams = streams.len(), "stopping");
+        let stopping = async {
+            backend.go_away(drain.min_delay + drain.grace);
+            sleep(drain.min_delay).await;
+            service.stop();
+            stop_requests.cancel();
+            self.stop_enrolment.cancel();
+            sleep(drain.grace).await;
+        };
+        let finished = async {
+            stop_requests.cancelled().await;
+            streams.drain(drain.grace + FLUSH).await
+        };
+        tokio::select! {
+            drained = finished => report(drained),
+            // What is left is cut with a reason, then its tasks end by themselves.
+            () = async { tokio::select! { () = stopping => {}, () = immediate.cancelled() => {} } } => {
+                tracing::warn!(streams = streams.len(), "time is over, cutting what is left");
+                stop_requests.cancel();
+                forwarder.cut.cancel();
+                report(streams.drain(FLUSH).await);
+            }
+        }
+        backend.close_all();
+        for endpoint in udp {
+            endpoint.flush(FLUSH).await;
+        }
+        backend.tasks.drain(FLUSH).await;
+        service.drain(Duration::ZERO).await;
+        ops.drain(FLUSH).await;
+        tracing::info!("stopped");
+        exit
+    }
+}
+
+impl Door {
+    async fn run(self, tasks: &Tasks, stop: CancellationToken) {
+        match self {
+            Self::Connect(listener, door) => {
+                tracing::info!(listen = %listener.bound(), direct = door.elsewhere == Elsewhere::Direct, "requests: HTTP CONNECT");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end("frontend", listener.serve("request", tasks, stop, serve).await);
+            }
+            Self::Proxy(listener, door) => {
+                tracing::info!(listen = %listener.bound(), "requests: forward proxy");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end("frontend", listener.serve("request", tasks, stop, serve).await);
+            }
+        }
+    }
+}
+
+fn report(drained: Drained) {
+    match drained {
+        Drained::Clean => tracing::info!("every stream has ended"),
+        Drained::Aborted(streams) => tracing::warn!(streams, "streams were cut"),
+    }
+}
+
+fn log_end(what: &'static str, end: std::io::Result<()>) {
+    if let Err(error) = end {
+        tracing::error!(what, %error, "a listener is broken");
+    }
+}
+
+/// Runs a loop without an end as a task that is told to stop by being dropped.
+fn for_ever(
+    tasks: &Tasks,
+    name: &'static str,
+    work: impl Future<Output = Infallible> + Send + 'static,
+) {
+    let stop = tasks.stopping();
+    tasks.critical(name, async move {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            never = work => match never {},
+        }
+    });
+}
+
+#[expect(clippy::infinite_loop, reason = "ended by being dropped, see for_ever")]
+async fn gauges(forwarder: Arc<Forwarder>) -> Infallible {
+    loop {
+        let held = i64::try_from(forwarder.budget.held()).unwrap_or(i64::MAX);
+        forwarder.metrics.held.set(held);
+        sleep(GAUGES).await;
+    }
+}
+
+fn serve_http(
+    config: &Config,
+    (observe, admin): (HttpEndpoint, Vec<HttpEndpoint>),
+    readiness: &Readiness,
+    alive: &[&Tasks],
+    ops: &Tasks,
+    (metrics, log): (daemon::Metrics, LogHandle),
+    forwarder: &Arc<Forwarder>,
+) {
+    let alive: Vec<Tasks> = alive.iter().map(|tasks| (*tasks).clone()).collect();
+    let routes = Routes::observe(readiness.clone(), &alive, metrics);
+    let mut all = vec![(observe, routes)];
+    for endpoint in admin {
+        let (server, registry) = (config.name.clone(), forwarder.registry.clone());
+        let routes = Routes::admin(log.clone()).get("/sessions", move |_request| {
+            let reply = Reply::json(&status::sessions(&server, &registry));
+            async move { reply }
+        });
+        all.push((endpoint, routes));
+    }
+    for (endpoint, routes) in all {
+        let tasks = ops.clone();
+        ops.critical("http", async move {
+            log_end("http", endpoint.serve(routes, &tasks).await);
+        });
+    }
+}

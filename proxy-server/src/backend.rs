@@ -1,0 +1,274 @@
+//! Where agents come in: accept → identity from the certificate → handshake → register → until it ends.
+//!
+//! | failure | what happens |
+//! | --- | --- |
+//! | too many handshakes at once | Retry, then refused |
+//! | TLS: no, foreign, expired, revoked or wrong-role certificate | refused in the handshake, counted, logged once |
+//! | no hello in time, garbage, another name | told with a GoAway where the peer can read, closed, counted, logged once |
+//! | more sessions a second than the limit | GoAway with `retry_after` |
+//! | silence for the idle time-out | closed; its streams end with `session_lost` |
+//! | the leaf is over by an hour | closed with `certificate_expired` |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::time::Duration;
+
+use certs::{Clock, HandshakeFailure, Name, Peer, Role};
+use daemon::Tasks;
+use proto::control::{Control, ControlError, GoAway, Liveness};
+use proto::transport::keepalive::Keepalive;
+use proto::transport::quic::{Endpoint, Incoming, QuicSession};
+use proto::transport::{Session, SessionError};
+use proto::wire::{Limits as StreamLimits, ServerOffer};
+use proto::{AgentName, Reason, SessionId};
+use tokio::time::{sleep, timeout};
+
+use crate::limits::Knock;
+use crate::metrics::ReasonLabels;
+use crate::registry::{LiveSession, Lost};
+use crate::serve::Forwarder;
+
+/// A session may outlive its leaf by this: the agent opens one with the new leaf long before.
+const LEAF_GRACE: Duration = Duration::from_secs(3600);
+/// Once a newer session of an agent is there, an older one that does not answer within this is dead.
+const PROBE: Duration = Duration::from_secs(5);
+/// Spread of `retry_after`, so that those who were sent away do not come back together.
+const SPREAD: Duration = Duration::from_secs(5);
+
+/// What serves agents.
+#[derive(Debug)]
+pub struct Backend {
+    /// Registry, limits and metrics.
+    pub forwarder: Arc<Forwarder>,
+    /// This server's side of the handshake.
+    pub offer: ServerOffer,
+    /// The server's time.
+    pub clock: Clock,
+    /// Liveness of sessions.
+    pub keepalive: Keepalive,
+    /// Most sessions of one agent.
+    pub sessions_per_agent: usize,
+    /// Owner of session tasks.
+    pub tasks: Tasks,
+}
+
+impl Backend {
+    /// Accepts until the endpoint is closed.
+    pub async fn accept(self: Arc<Self>, endpoint: Endpoint) {
+        while let Some(incoming) = endpoint.accept().await {
+            let permit = match self.forwarder.limits.knock(incoming.is_validated()) {
+                Knock::Enter(permit) => permit,
+                Knock::Retry => {
+                    incoming.retry();
+                    continue;
+                }
+                Knock::Refuse => {
+                    self.forwarder.metrics.refused(Reason::Overloaded);
+                    incoming.refuse();
+                    continue;
+                }
+            };
+            let backend = Arc::clone(&self);
+            self.tasks.spawn("session", async move {
+                let arrived = backend.arrive(incoming).await;
+                drop(permit);
+                if let Some((session, control)) = arrived {
+                    backend.live(session, control).await;
+                }
+            });
+        }
+    }
+
+    /// From the first packet to an accepted hello. `None` once the peer was refused, which is logged and counted.
+    async fn arrive(
+        &self,
+        incoming: Incoming,
+    ) -> Option<(Arc<LiveSession<QuicSession>>, (Control<QuicSession>, Peer))> {
+        let remote = incoming.remote_address();
+        let refused = |reason: Reason, agent: &str, detail: &str| {
+            self.forwarder.metrics.refused(reason);
+            tracing::info!(target: "audit", %remote, agent, reason = reason.label(), detail, "session refused");
+        };
+        let transport = match timeout(proto::control::HANDSHAKE, incoming.handshake()).await {
+            Ok(Ok(transport)) => transport,
+            Ok(Err(error)) => {
+                refused(error.reason(), "", &error.to_string());
+                return None;
+            }
+            Err(_elapsed) => {
+                refused(Reason::Timeout, "", "no handshake in time");
+                return None;
+            }
+        };
+        let (peer, agent) = match identity(&transport) {
+            Ok(known) => known,
+            Err(failure) => {
+                transport.close(Reason::Tls);
+                refused(Reason::Tls, "", failure.sentence());
+                return None;
+            }
+        };
+        match self.greet(&transport, &agent).await {
+            Ok((control, software, id)) => {
+                let session = LiveSession {
+                    id,
+                    agent,
+                    kind: "quic",
+                    liveness: Liveness::new(self.keepalive),
+                    control: control.handle(),
+                    since: std::time::UNIX_EPOCH + unix(&self.clock),
+                    software,
+                    going: AtomicBool::new(false),
+                    streams: AtomicUsize::new(0),
+                    transport,
+                };
+                Some((Arc::new(session), (control, peer)))
+            }
+            Err(error) => {
+                refused(error.reason(), agent.as_str(), &daemon::chain(&error).to_string());
+                None
+            }
+        }
+    }
+
+    async fn greet(
+        &self,
+        transport: &QuicSession,
+        agent: &AgentName,
+    ) -> Result<(Control<QuicSession>, String, SessionId), ControlError> {
+        let (control, hello) = Control::accept(transport.clone()).await?;
+        if let Err(wait) = self.forwarder.limits.admit() {
+            let retry_after = wait + SPREAD.mul_f64(rand::random());
+            let detail = "too many agents at once".to_owned();
+            control.refuse(Reason::Overloaded, detail, retry_after).await;
+            return Err(ControlError::Session(SessionError::Local(Reason::Overloaded)));
+        }
+        let id = SessionId::random();
+        let now = i64::try_from(unix(&self.clock).as_millis()).unwrap_or(i64::MAX);
+        let (control, accepted) = control.answer(&hello, agent, &self.offer, id, now).await?;
+        Ok((control, accepted.software, id))
+    }
+
+    /// A registered session until its end.
+    async fn live(
+        &self,
+        session: Arc<LiveSession<QuicSession>>,
+        (control, peer): (Control<QuicSession>, Peer),
+    ) {
+        let metrics = &self.forwarder.metrics;
+        let older = self.forwarder.registry.of(&session.agent);
+        let registration = self.forwarder.registry.register(Arc::clone(&session));
+        metrics.sessions.inc();
+        let remote = session.transport.remote_address();
+        tracing::info!(agent = %session.agent, session = %session.id, %remote, software = session.software, "session up");
+        self.relieve(older);
+        let going = Arc::clone(&session);
+        let run = control.run(&session.liveness, move |away| {
+            going.going.store(true, std::sync::atomic::Ordering::Relaxed);
+            tracing::info!(agent = %going.agent, session = %going.id, reason = away.reason.label(), detail = away.detail, "the agent goes away");
+        });
+        let end = tokio::select! {
+            end = run => end,
+            reason = self.outlived(&session, &peer) => {
+                session.transport.close(reason);
+                SessionError::Local(reason)
+            }
+        };
+        let reason = end.reason();
+        metrics.sessions.dec();
+        metrics.sessions_ended.get_or_create(&ReasonLabels { reason: reason.label() }).inc();
+        registration.lost(Lost { at: std::time::UNIX_EPOCH + unix(&self.clock), reason });
+        tracing::info!(agent = %session.agent, session = %session.id, %remote, reason = reason.label(), "session down");
+    }
+
+    /// What a new session means for the older ones of its agent: those that are dead are found out, and above the limit
+    /// the oldest have to go.
+    fn relieve(&self, older: Vec<Arc<LiveSession<QuicSession>>>) {
+        let most = self.sessions_per_agent.saturating_sub(1);
+        let too_many = older.len().saturating_sub(most);
+        for (i, old) in older.into_iter().enumerate() {
+            if i < too_many {
+                old.go_away(GoAway {
+                    reason: Reason::Replaced,
+                    deadline: LEAF_GRACE,
+                    retry_after: Duration::ZERO,
+                    detail: "too many sessions of one agent".to_owned(),
+                });
+            }
+            old.control.probe();
+            self.tasks.spawn("probe", async move {
+                sleep(PROBE).await;
+                if old.liveness.silence() >= PROBE {
+                    // Its agent was killed and has started again: nothing will come any more.
+                    old.transport.close(Reason::Replaced);
+                }
+            });
+        }
+    }
+
+    /// Resolves when the session is older than its leaf may be.
+    async fn outlived(&self, session: &LiveSession<QuicSession>, peer: &Peer) -> Reason {
+        let left = |until: Duration| until.saturating_sub(unix(&self.clock));
+        let not_after = Duration::from_secs(peer.not_after.as_secs());
+        sleep(left(not_after)).await;
+        session.go_away(GoAway {
+            reason: Reason::CertificateExpired,
+            deadline: LEAF_GRACE,
+            retry_after: Duration::ZERO,
+            detail: "the session's certificate is over".to_owned(),
+        });
+        sleep(left(not_after + LEAF_GRACE)).await;
+        Reason::CertificateExpired
+    }
+
+    /// Ends the sessions of agents that are revoked.
+    pub fn end_revoked(&self, revoked: &std::collections::HashSet<Name>) {
+        for session in self.forwarder.registry.all() {
+            if Name::parse(session.agent.as_str()).is_ok_and(|name| revoked.contains(&name)) {
+                tracing::info!(target: "audit", agent = %session.agent, session = %session.id, "session of a revoked agent ended");
+                session.transport.close(Reason::Revoked);
+            }
+        }
+    }
+
+    /// Tells every agent to go, for the drain.
+    pub fn go_away(&self, deadline: Duration) {
+        for session in self.forwarder.registry.all() {
+            session.go_away(GoAway {
+                reason: Reason::Draining,
+                deadline,
+                retry_after: SPREAD.mul_f64(rand::random()),
+                detail: "the proxy-server stops".to_owned(),
+            });
+        }
+    }
+
+    /// Closes every session, at the end of the drain.
+    pub fn close_all(&self) {
+        for session in self.forwarder.registry.all() {
+            session.transport.close(Reason::Draining);
+        }
+    }
+}
+
+/// What the server accepts from an agent.
+#[must_use]
+pub fn stream_limits(stream_window: u32, max_streams: u32) -> StreamLimits {
+    StreamLimits { max_streams, stream_window: stream_window.into() }
+}
+
+fn unix(clock: &Clock) -> Duration {
+    Duration::from_secs(clock.now().as_secs())
+}
+
+/// Who the certificate says this is. The verifier has checked the role already; that it is asked again keeps this file
+/// right on its own.
+fn identity(transport: &QuicSession) -> Result<(Peer, AgentName), HandshakeFailure> {
+    let peer = certs::peer(&transport.peer_certificates())
+        .map_err(|_error| HandshakeFailure::BadCertificate)?;
+    if peer.identity.role != Role::Agent {
+        return Err(HandshakeFailure::WrongRole);
+    }
+    let agent = peer.identity.name.as_str().parse().map_err(|_error| HandshakeFailure::WrongName)?;
+    Ok((peer, agent))
+}

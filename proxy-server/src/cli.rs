@@ -1,0 +1,249 @@
+//! What can be typed, and which function it leads to.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use certs::AgentPattern;
+use clap::{Args, Parser, Subcommand};
+use daemon::{Exit, LogFormat, Signals};
+
+use crate::app::{App, Environment};
+use crate::commands;
+use crate::config::{self, Overrides};
+use crate::reload::Source;
+
+/// The cloud side of a Corvid tunnel.
+///
+/// Edge nodes behind NAT can't be dialled. Their edge-agents dial this server, and it carries `kubectl logs`, `exec`,
+/// `attach`, `port-forward`, `cp` and metrics scrapes back to them.
+#[derive(Debug, Parser)]
+#[command(name = "proxy-server", version, propagate_version = true, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  proxy-server run --config /etc/corvid/proxy-server.yaml
+  proxy-server token create --config /etc/corvid/proxy-server.yaml --agents 'edge-*' --uses 10
+  proxy-server cert issue --client kube-apiserver --out /etc/kubernetes/corvid --state-dir /var/lib/corvid
+  proxy-server status";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve until SIGTERM or SIGINT. SIGHUP reloads the configuration.
+    Run(ConfigArgs),
+    /// Read and check the configuration, say what is wrong with it, and exit with 0 or 64.
+    CheckConfig(ConfigArgs),
+    /// Show the sessions of agents of the server that runs here.
+    Status(StatusArgs),
+    /// Join tokens: with one of them a new agent gets its first certificate.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Revoke an agent, or allow it again.
+    #[command(subcommand)]
+    Agent(AgentCommand),
+    /// The authority's certificates.
+    #[command(subcommand)]
+    Cert(CertCommand),
+}
+
+#[derive(Debug, Args)]
+struct ConfigArgs {
+    /// The configuration file.
+    #[arg(long, env = "CORVID_CONFIG", default_value = "/etc/corvid/proxy-server.yaml")]
+    config: PathBuf,
+    /// CA and token store, in place of `stateDir`.
+    #[arg(long, env = "CORVID_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    /// Name of this server, in place of `name`.
+    #[arg(long, env = "CORVID_NAME")]
+    name: Option<String>,
+    /// error, warn, info, debug, trace, or a filter like `info,proto=debug`; in place of `log.level`.
+    #[arg(long, env = "CORVID_LOG_LEVEL")]
+    log_level: Option<String>,
+    /// text or json, in place of `log.format`.
+    #[arg(long, env = "CORVID_LOG_FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+impl ConfigArgs {
+    fn overrides(&self) -> Overrides {
+        Overrides {
+            state_dir: self.state_dir.clone(),
+            name: self.name.clone(),
+            log_level: self.log_level.clone(),
+            log_format: self.log_format,
+        }
+    }
+}
+
+/// Where the state directory is: given, or named by the configuration.
+#[derive(Debug, Args)]
+pub struct StateArgs {
+    /// The configuration file that names the state directory.
+    #[arg(long, env = "CORVID_CONFIG", default_value = "/etc/corvid/proxy-server.yaml")]
+    pub config: PathBuf,
+    /// The state directory itself; no configuration file is read then.
+    #[arg(long, env = "CORVID_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// The trust domain, with --state-dir and where it is not the default.
+    #[arg(long, env = "CORVID_TRUST_DOMAIN", requires = "state_dir")]
+    pub trust_domain: Option<certs::TrustDomain>,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// The server's admin socket.
+    #[arg(long, env = "CORVID_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET)]
+    socket: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Make a token and print it; it is stored hashed and can't be shown again.
+    Create {
+        #[command(flatten)]
+        state: StateArgs,
+        /// How long it can be used, as in 30m, 24h, 7d.
+        #[arg(long, default_value = "24h", value_parser = humantime::parse_duration)]
+        ttl: Duration,
+        /// How many agents may enrol with it.
+        #[arg(long, default_value_t = 1)]
+        uses: u32,
+        /// Names of agents that may enrol with it; `*` stands for any characters.
+        #[arg(long, default_value = "*")]
+        agents: AgentPattern,
+    },
+    /// List tokens, without their secrets.
+    List {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a token useless. Agents that enrolled with it are not touched.
+    Revoke {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Its id: the part before the dot.
+        id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AgentCommand {
+    /// End the agent's sessions and refuse it from now on.
+    Revoke {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Its name.
+        name: certs::Name,
+    },
+    /// Take a revocation back.
+    Allow {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Its name.
+        name: certs::Name,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CertCommand {
+    /// Show the authority, its pin for agents, and the server's certificate.
+    Show {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Issue a client certificate for a frontend: writes NAME.crt, NAME.key and ca.crt.
+    Issue {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Name of the client, as in kube-apiserver or prometheus.
+        #[arg(long)]
+        client: certs::Name,
+        /// Days until it expires. kube-apiserver reads its certificate at its start only.
+        #[arg(long, default_value_t = certs::CLIENT_DAYS)]
+        days: u32,
+        /// The directory to write to.
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// Does what was typed.
+pub fn main(cli: Cli) -> Exit {
+    match cli.command {
+        Command::Run(args) => run(&args),
+        Command::CheckConfig(args) => match config::load(&args.config, &args.overrides()) {
+            Ok(_) => commands::say(&format!("{}: ok", args.config.display())),
+            Err(error) => commands::fail(&error, error.exit()),
+        },
+        Command::Status(args) => commands::finish(commands::status(&args.socket, args.json)),
+        Command::Token(command) => commands::finish(token(command)),
+        Command::Agent(AgentCommand::Revoke { state, name }) => {
+            commands::finish(commands::agent_revoke(&state, &name))
+        }
+        Command::Agent(AgentCommand::Allow { state, name }) => {
+            commands::finish(commands::agent_allow(&state, &name))
+        }
+        Command::Cert(CertCommand::Show { state, json }) => {
+            commands::finish(commands::cert_show(&state, json))
+        }
+        Command::Cert(CertCommand::Issue { state, client, days, out }) => {
+            commands::finish(commands::cert_issue(&state, &client, days, &out))
+        }
+    }
+}
+
+fn token(command: TokenCommand) -> anyhow::Result<String> {
+    match command {
+        TokenCommand::Create { state, ttl, uses, agents } => {
+            commands::token_create(&state, &certs::NewToken { ttl, uses, agents })
+        }
+        TokenCommand::List { state, json } => commands::token_list(&state, json),
+        TokenCommand::Revoke { state, id } => commands::token_revoke(&state, &id),
+    }
+}
+
+fn run(args: &ConfigArgs) -> Exit {
+    let overrides = args.overrides();
+    let config = match config::load(&args.config, &overrides) {
+        Ok(config) => config,
+        Err(error) => return commands::fail(&error, error.exit()),
+    };
+    let log = match daemon::telemetry::init(config.log.format, &config.log.level) {
+        Ok(log) => log,
+        Err(error) => return commands::fail(&error, Exit::Usage),
+    };
+    let files = daemon::limits::raise_nofile();
+    tracing::debug!(files, "limit of descriptors");
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return commands::fail(&error, Exit::Failed),
+    };
+    runtime.block_on(async {
+        let signals = match Signals::install() {
+            Ok(signals) => signals,
+            Err(error) => return commands::fail(&error, Exit::Failed),
+        };
+        let source = Source { file: Some(args.config.clone()), overrides };
+        let environment = Environment { source, log, reload: signals.reload() };
+        match App::bind(config, environment) {
+            Ok(bound) => Box::pin(bound.run(signals.shutdown(), signals.immediate())).await,
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "could not start");
+                Exit::Failed
+            }
+        }
+    })
+}

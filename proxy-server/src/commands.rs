@@ -1,0 +1,241 @@
+//! The commands beside `run`: each works on the state directory, with or without a server that runs on it, and returns
+//! what is to be printed.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::Context as _;
+use certs::{Clock, Credential, Issuer, Name, NewToken, Store, TrustDomain};
+use daemon::{Exit, Listen};
+use secrecy::ExposeSecret as _;
+use serde::Serialize;
+
+use crate::cli::StateArgs;
+use crate::config::{self, Overrides};
+use crate::status::{self, SessionStatus};
+
+/// Prints to standard output.
+pub fn say(text: &str) -> Exit {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    // A reader that has gone (`| head`) has what it wanted.
+    out.write_all(text.as_bytes()).and_then(|()| if text.ends_with('\n') { Ok(()) } else { out.write_all(b"\n") }).ok();
+    Exit::Drained
+}
+
+/// Prints an error to standard error.
+pub fn fail(error: &(dyn std::error::Error + 'static), exit: Exit) -> Exit {
+    complain(&daemon::chain(error).to_string(), exit)
+}
+
+fn complain(text: &str, exit: Exit) -> Exit {
+    use std::io::Write as _;
+    writeln!(std::io::stderr().lock(), "proxy-server: {text}").ok(); // nobody reads it: nothing to do
+    exit
+}
+
+/// Prints a command's outcome.
+pub fn finish(outcome: anyhow::Result<String>) -> Exit {
+    match outcome {
+        Ok(text) => say(&text),
+        Err(error) => complain(&format!("{error:#}"), Exit::Failed),
+    }
+}
+
+/// The opened state directory.
+struct State {
+    issuer: Issuer,
+    store: Store,
+    clock: Clock,
+    dir: std::path::PathBuf,
+}
+
+impl State {
+    fn open(args: &StateArgs) -> anyhow::Result<Self> {
+        let (dir, trust_domain) = match &args.state_dir {
+            Some(dir) => (dir.clone(), args.trust_domain.clone().unwrap_or_default()),
+            None => {
+                let config = config::load(&args.config, &Overrides::default())
+                    .context("find the state directory (or give --state-dir)")?;
+                (config.state_dir, config.trust_domain)
+            }
+        };
+        Self::at(dir, &trust_domain)
+    }
+
+    fn at(dir: std::path::PathBuf, trust_domain: &TrustDomain) -> anyhow::Result<Self> {
+        let clock = Clock::system();
+        let issuer = Issuer::load_or_create(&dir.join("ca"), trust_domain, clock.now())
+            .with_context(|| format!("open the authority in {}", dir.display()))?;
+        let store = Store::open(&dir)
+            .with_context(|| format!("open the token store in {}", dir.display()))?;
+        Ok(Self { issuer, store, clock, dir })
+    }
+}
+
+fn time(seconds: u64) -> String {
+    i64::try_from(seconds)
+        .ok()
+        .and_then(|s| jiff::Timestamp::from_second(s).ok())
+        .map(|t| t.to_string())
+        .unwrap_or_default()
+}
+
+/// `token create`
+///
+/// # Errors
+/// The state directory can't be used.
+pub fn token_create(args: &StateArgs, new: &NewToken) -> anyhow::Result<String> {
+    let state = State::open(args)?;
+    let token = state.store.create_token(new, state.clock.now())?;
+    let secret = token.expose();
+    let snippet = format!(
+        "\n# for edge-agent.yaml; the token is not shown again\njoin:\n  token: {}\n  caPin: {}\n",
+        secret.expose_secret(),
+        state.issuer.pin()
+    );
+    use std::io::Write as _;
+    // The token alone goes to standard output, so that a script can take it.
+    std::io::stderr().lock().write_all(snippet.as_bytes()).ok(); // a closed stderr is the caller's choice
+    Ok(secret.expose_secret().to_owned())
+}
+
+/// `token list`
+///
+/// # Errors
+/// The state directory can't be used.
+pub fn token_list(args: &StateArgs, json: bool) -> anyhow::Result<String> {
+    let tokens = State::open(args)?.store.list_tokens()?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&tokens)?);
+    }
+    let mut out = format!("{:<10}{:<24}{:<10}{}\n", "ID", "EXPIRES", "USES", "AGENTS");
+    for token in tokens {
+        let uses = format!("{}/{}", token.uses - token.uses_left, token.uses);
+        writeln!(out, "{:<10}{:<24}{uses:<10}{}", token.id, time(token.expires), token.agents)?;
+    }
+    Ok(out)
+}
+
+/// `token revoke`
+///
+/// # Errors
+/// There is no such token, or the state directory can't be used.
+pub fn token_revoke(args: &StateArgs, id: &str) -> anyhow::Result<String> {
+    anyhow::ensure!(State::open(args)?.store.revoke_token(id)?, "there is no token {id}");
+    Ok(format!("token {id} is revoked"))
+}
+
+/// `agent revoke`
+///
+/// # Errors
+/// The state directory can't be used.
+pub fn agent_revoke(args: &StateArgs, name: &Name) -> anyhow::Result<String> {
+    let state = State::open(args)?;
+    let known = state.store.revoke_agent(name, state.clock.now())?;
+    let hint = if known { "" } else { " (no agent of that name has enrolled here)" };
+    Ok(format!("agent {name} is revoked{hint}"))
+}
+
+/// `agent allow`
+///
+/// # Errors
+/// The agent is not revoked, or the state directory can't be used.
+pub fn agent_allow(args: &StateArgs, name: &Name) -> anyhow::Result<String> {
+    anyhow::ensure!(State::open(args)?.store.allow_agent(name)?, "agent {name} is not revoked");
+    Ok(format!("agent {name} is allowed again"))
+}
+
+#[derive(Debug, Serialize)]
+struct Shown {
+    pin: String,
+    trust_domain: String,
+    ca_not_after: String,
+    roots: usize,
+    server: Option<ShownLeaf>,
+}
+
+#[derive(Debug, Serialize)]
+struct ShownLeaf {
+    identity: String,
+    not_after: String,
+    fingerprint: String,
+}
+
+/// `cert show`
+///
+/// # Errors
+/// The state directory can't be used.
+pub fn cert_show(args: &StateArgs, json: bool) -> anyhow::Result<String> {
+    let state = State::open(args)?;
+    let server = shown_leaf(&state.dir.join("server.crt"));
+    let shown = Shown {
+        pin: state.issuer.pin().to_string(),
+        trust_domain: state.issuer.trust_domain().to_string(),
+        ca_not_after: time(state.issuer.not_after().as_secs()),
+        roots: state.issuer.bundle().roots().len(),
+        server,
+    };
+    if json {
+        return Ok(serde_json::to_string_pretty(&shown)?);
+    }
+    let mut out = String::new();
+    writeln!(out, "caPin:        {}", shown.pin)?;
+    writeln!(out, "trust domain: {}", shown.trust_domain)?;
+    writeln!(out, "CA expires:   {} ({} trusted)", shown.ca_not_after, shown.roots)?;
+    match shown.server {
+        Some(leaf) => {
+            writeln!(out, "server:       {}", leaf.identity)?;
+            writeln!(out, "  expires:    {}", leaf.not_after)?;
+            writeln!(out, "  sha256:     {}", leaf.fingerprint)?;
+        }
+        None => writeln!(out, "server:       none yet; it is made when the server starts")?,
+    }
+    Ok(out)
+}
+
+fn shown_leaf(file: &Path) -> Option<ShownLeaf> {
+    use rustls::pki_types::CertificateDer;
+    use rustls::pki_types::pem::PemObject;
+    let chain: Vec<_> =
+        CertificateDer::pem_file_iter(file).ok()?.collect::<Result<_, _>>().ok()?;
+    let leaf = certs::peer(&chain).ok()?;
+    Some(ShownLeaf {
+        identity: leaf.identity.to_string(),
+        not_after: time(leaf.not_after.as_secs()),
+        fingerprint: leaf.fingerprint,
+    })
+}
+
+/// `cert issue`
+///
+/// # Errors
+/// The state directory or `out` can't be used, or `days` is out of range.
+pub fn cert_issue(args: &StateArgs, client: &Name, days: u32, out: &Path) -> anyhow::Result<String> {
+    let state = State::open(args)?;
+    let credential: Credential = state.issuer.issue_client(client, days, state.clock.now())?;
+    certs::export_client(&credential, state.issuer.bundle(), out)
+        .with_context(|| format!("write to {}", out.display()))?;
+    let at = out.display();
+    Ok(format!(
+        "{at}/{client}.crt, {at}/{client}.key, {at}/ca.crt; expires {}",
+        time(credential.not_after().as_secs())
+    ))
+}
+
+/// `status`
+///
+/// # Errors
+/// No server answers on the socket.
+pub fn status(socket: &Path, json: bool) -> anyhow::Result<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let listen = Listen::Unix(socket.to_owned());
+    let body = runtime
+        .block_on(daemon::admin::client::get(&listen, "/sessions"))
+        .with_context(|| format!("ask the server at {}", socket.display()))?;
+    let sessions: Vec<SessionStatus> = serde_json::from_slice(&body).context("read the answer")?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&sessions)?);
+    }
+    Ok(status::table(&sessions))
+}

@@ -1,0 +1,428 @@
+//! The configuration file of a proxy-server: what it may say, its defaults, and what makes no sense.
+//!
+//! [`load`] returns values that need no further checks. `docs/configuration.md` explains every key.
+
+mod check;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use certs::{Name, TrustDomain};
+use daemon::{ByteSize, ConfigError, FileMode, Listen, LogFormat};
+use ipnet::IpNet;
+use proto::AgentName;
+use serde::Deserialize;
+
+/// Everything a proxy-server is told.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// CA, token store and the server's own leaf.
+    #[serde(default = "defaults::state_dir")]
+    pub state_dir: PathBuf,
+    /// Identity of this server; empty means the host name.
+    #[serde(default)]
+    pub name: String,
+    /// Trust domain of every identity.
+    #[serde(default)]
+    pub trust_domain: TrustDomain,
+    /// What the server's leaf says beside its identity.
+    #[serde(default)]
+    pub certificate: Certificate,
+    /// Where agents come in.
+    #[serde(default)]
+    pub backend: Backend,
+    /// Where requests come in.
+    #[serde(default = "defaults::frontends")]
+    pub frontends: Vec<Frontend>,
+    /// Nodes whose agent has another name, or that are asked for by address.
+    #[serde(default)]
+    pub routes: Vec<RouteEntry>,
+    /// Time limits of a request.
+    #[serde(default)]
+    pub timeouts: Timeouts,
+    /// How many at once.
+    #[serde(default)]
+    pub limits: Limits,
+    /// How to stop.
+    #[serde(default)]
+    pub drain: Drain,
+    /// livez, readyz, metrics.
+    #[serde(default)]
+    pub observe: Observe,
+    /// Sessions and log level, for operators on this machine.
+    #[serde(default)]
+    pub admin: Admin,
+    /// Logging.
+    #[serde(default)]
+    pub log: Log,
+}
+
+/// Extra SANs of the server's leaf, for CONNECT clients over TLS.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Certificate {
+    /// DNS names.
+    pub dns_names: Vec<String>,
+    /// Addresses.
+    pub ip_addresses: Vec<IpAddr>,
+}
+
+/// Where agents come in.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Backend {
+    /// QUIC on UDP and enrolment on TCP, at each of these addresses.
+    pub listen: Vec<SocketAddr>,
+    /// Silence after which a session is lost.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// How long an expired certificate is still good for its renewal.
+    #[serde(with = "humantime_serde")]
+    pub renew_grace: Duration,
+    /// Bound of what unread bytes cost.
+    pub memory: ByteSize,
+}
+
+impl Default for Backend {
+    fn default() -> Self {
+        Self {
+            listen: vec![SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8443))],
+            idle_timeout: Duration::from_secs(120),
+            renew_grace: Duration::from_secs(30 * 24 * 3600),
+            memory: ByteSize(256 << 20),
+        }
+    }
+}
+
+/// What happens to a destination that is not at the edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Elsewhere {
+    /// It is dialled from here.
+    Direct,
+    /// It is refused.
+    Refuse,
+}
+
+/// One way in.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(tag = "type", rename_all = "camelCase", deny_unknown_fields)]
+pub enum Frontend {
+    /// HTTP CONNECT, as kube-apiserver's egress selector speaks it.
+    #[serde(rename_all = "camelCase")]
+    HttpConnect {
+        /// A Unix socket, or a TCP address (then mutual TLS, always).
+        listen: Listen,
+        /// Permission bits of the Unix socket.
+        #[serde(default = "defaults::socket_mode")]
+        mode: FileMode,
+        /// What is not at the edge.
+        #[serde(default = "defaults::refuse")]
+        default: Elsewhere,
+        /// CA of the operator's own PKI, in place of ours.
+        #[serde(default)]
+        client_ca: Option<PathBuf>,
+        /// Names that CA's certificates may have.
+        #[serde(default)]
+        allowed_names: Vec<String>,
+    },
+    /// For scrapers: CONNECT and absolute-form requests over TLS.
+    #[serde(rename_all = "camelCase")]
+    ForwardProxy {
+        /// A TCP address.
+        listen: Listen,
+        /// File with one bearer token a line.
+        #[serde(default)]
+        bearer_token_file: Option<PathBuf>,
+        /// File with one `user:password` a line.
+        #[serde(default)]
+        basic_auth_file: Option<PathBuf>,
+        /// CA of the operator's own PKI, in place of ours.
+        #[serde(default)]
+        client_ca: Option<PathBuf>,
+        /// Names that CA's certificates may have.
+        #[serde(default)]
+        allowed_names: Vec<String>,
+    },
+}
+
+impl Frontend {
+    /// Where it listens.
+    #[must_use]
+    pub const fn listen(&self) -> &Listen {
+        match self {
+            Self::HttpConnect { listen, .. } | Self::ForwardProxy { listen, .. } => listen,
+        }
+    }
+
+    /// Files it reads, to be watched.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::HttpConnect { client_ca, .. } => client_ca.iter().cloned().collect(),
+            Self::ForwardProxy { bearer_token_file, basic_auth_file, client_ca, .. } => {
+                [bearer_token_file, basic_auth_file, client_ca]
+                    .into_iter()
+                    .flatten()
+                    .cloned()
+                    .collect()
+            }
+        }
+    }
+}
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RouteEntry {
+    /// Its name, as kube-apiserver asks for it.
+    pub node: String,
+    /// Its agent; empty means the agent of the same name.
+    #[serde(default)]
+    pub agent: Option<String>,
+    /// Addresses and CIDRs that lead to it.
+    #[serde(default)]
+    pub addresses: Vec<Cidr>,
+}
+
+impl RouteEntry {
+    /// Who serves it; `None` if neither name is one (refused by [`load`]).
+    #[must_use]
+    pub fn agent(&self) -> Option<AgentName> {
+        self.agent.as_deref().unwrap_or(&self.node).parse().ok()
+    }
+}
+
+/// An address or a CIDR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Cidr(pub IpNet);
+
+impl TryFrom<String> for Cidr {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        net.map(|net| Self(net.trunc()))
+            .map_err(|_neither| format!("{text:?} is neither an address nor a CIDR"))
+    }
+}
+
+/// Time limits of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// For the request's head, TLS handshake included.
+    #[serde(with = "humantime_serde")]
+    pub header: Duration,
+    /// From the request to the destination's answer.
+    #[serde(with = "humantime_serde")]
+    pub dial: Duration,
+    /// Longest silence of a half-closed stream.
+    #[serde(with = "humantime_serde")]
+    pub half_open: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            header: Duration::from_secs(10),
+            dial: Duration::from_secs(15),
+            half_open: Duration::from_secs(600),
+        }
+    }
+}
+
+/// How many at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Streams open, in all.
+    pub streams: usize,
+    /// Streams being opened, in all.
+    pub pending_dials: usize,
+    /// Connections of a frontend.
+    pub connections: usize,
+    /// QUIC handshakes at once.
+    pub handshakes: usize,
+    /// New sessions a second.
+    pub sessions_per_second: u32,
+    /// Sessions of one agent.
+    pub sessions_per_agent: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            streams: 16_384,
+            pending_dials: 4_096,
+            connections: 16_384,
+            handshakes: 256,
+            sessions_per_second: 500,
+            sessions_per_agent: 4,
+        }
+    }
+}
+
+/// How to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Drain {
+    /// How long requests are still accepted, so that load balancers notice and agents are elsewhere.
+    #[serde(with = "humantime_serde")]
+    pub min_delay: Duration,
+    /// How long streams may go on after that.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self { min_delay: Duration::from_secs(2), grace: Duration::from_secs(30) }
+    }
+}
+
+/// livez, readyz, metrics.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Observe {
+    /// Where.
+    pub listen: Listen,
+}
+
+impl Default for Observe {
+    fn default() -> Self {
+        Self { listen: Listen::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9440))) }
+    }
+}
+
+/// Sessions and log level, for operators on this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Admin {
+    /// A loopback address.
+    pub listen: Listen,
+    /// A Unix socket; `status` uses it.
+    pub socket: Option<PathBuf>,
+}
+
+/// Where `status` looks for the admin socket.
+pub const ADMIN_SOCKET: &str = "/run/corvid/admin.sock";
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            listen: Listen::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9442))),
+            socket: Some(ADMIN_SOCKET.into()),
+        }
+    }
+}
+
+/// Logging.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Log {
+    /// text or json.
+    pub format: LogFormat,
+    /// A level, or a filter like `info,proto=debug`.
+    pub level: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::default(), level: "info".to_owned() }
+    }
+}
+
+mod defaults {
+    use std::path::PathBuf;
+
+    use daemon::{FileMode, Listen};
+
+    use super::{Elsewhere, Frontend};
+
+    pub(super) fn state_dir() -> PathBuf {
+        "/var/lib/corvid".into()
+    }
+
+    pub(super) const fn socket_mode() -> FileMode {
+        // Owner and group, as konnectivity-server's socket: kube-apiserver needs to write.
+        FileMode(0o660)
+    }
+
+    pub(super) const fn refuse() -> Elsewhere {
+        Elsewhere::Refuse
+    }
+
+    pub(super) fn frontends() -> Vec<Frontend> {
+        vec![Frontend::HttpConnect {
+            listen: Listen::Unix("/run/corvid/connect.sock".into()),
+            mode: socket_mode(),
+            default: Elsewhere::Direct,
+            client_ca: None,
+            allowed_names: Vec::new(),
+        }]
+    }
+}
+
+/// What flags and `CORVID_*` variables say over the file.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// `--state-dir`
+    pub state_dir: Option<PathBuf>,
+    /// `--name`
+    pub name: Option<String>,
+    /// `--log-level`
+    pub log_level: Option<String>,
+    /// `--log-format`
+    pub log_format: Option<LogFormat>,
+}
+
+/// Reads and checks the file.
+///
+/// # Errors
+/// A mistake of form with its place, or every mistake of meaning at once.
+pub fn load(file: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
+    let mut config: Config = daemon::config::load(file)?;
+    overrides.apply(&mut config);
+    check::check(&config, file)?;
+    Ok(config)
+}
+
+impl Overrides {
+    fn apply(&self, config: &mut Config) {
+        if let Some(state_dir) = &self.state_dir {
+            config.state_dir.clone_from(state_dir);
+        }
+        if let Some(name) = &self.name {
+            config.name.clone_from(name);
+        }
+        if config.name.is_empty() {
+            config.name = host_name();
+        }
+        if let Some(level) = &self.log_level {
+            config.log.level.clone_from(level);
+        }
+        if let Some(format) = self.log_format {
+            config.log.format = format;
+        }
+    }
+}
+
+impl Config {
+    /// The server's name; [`load`] has made sure that it is one.
+    ///
+    /// # Errors
+    /// If this value did not come from [`load`].
+    pub fn server_name(&self) -> Result<Name, certs::IdentityError> {
+        Name::parse(&self.name)
+    }
+}
+
+/// The machine's name in lower case.
+fn host_name() -> String {
+    nix::unistd::gethostname()
+        .map(|name| name.to_string_lossy().to_ascii_lowercase())
+        .unwrap_or_default()
+}

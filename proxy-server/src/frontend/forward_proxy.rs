@@ -1,0 +1,259 @@
+//! A forward proxy for scrapers, over TLS: CONNECT for HTTPS kubelets, absolute-form requests (RFC 9112 section 3.2.2)
+//! for plain exporters, with pooled connections to the destinations.
+//!
+//! Who may use it: a client certificate, a bearer token or a password ([`Credentials`]). Only destinations at the edge
+//! are reached, never anything else.
+
+mod pool;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use daemon::{Peer, Stream, Tasks};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Request as HttpRequest, Response, StatusCode, header};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::ext::ReasonPhrase;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::{TokioIo, TokioTimer};
+pub use pool::Pool;
+use proto::{Destination, Reason, RelayEnd};
+
+use super::credentials::Credentials;
+use super::{Io, LiveTls, handshake};
+use crate::config::Elsewhere;
+use crate::error::Refusal;
+use crate::record::{Outcome, Path};
+use crate::serve::{Forwarder, Opened, Request};
+
+/// Metric label.
+const NAME: &str = "forward_proxy";
+/// Most bytes and fields of a head.
+const MAX_HEAD: usize = 16 << 10;
+const MAX_HEADERS: usize = 64;
+
+type Body = BoxBody<Bytes, hyper::Error>;
+
+/// One listener's settings.
+#[derive(Debug)]
+pub struct ForwardProxy {
+    /// What carries requests.
+    pub forwarder: Arc<Forwarder>,
+    /// TLS.
+    pub tls: LiveTls,
+    /// Tokens and passwords.
+    pub credentials: ArcSwap<Credentials>,
+    /// Connections to plain exporters.
+    pub pool: Pool,
+    /// Owner of relays that outlive their request.
+    pub tasks: Tasks,
+}
+
+impl ForwardProxy {
+    /// Serves one connection.
+    pub async fn serve(self: Arc<Self>, stream: Stream, peer: Peer) {
+        let limit = self.forwarder.timeouts.header;
+        let metrics = &self.forwarder.metrics;
+        let Ok((io, requester, proved)) =
+            handshake(stream, &peer, Some(&self.tls), limit, metrics).await
+        else {
+            return;
+        };
+        let certified = proved.then_some(requester);
+        let stop = self.tasks.stopping();
+        let service = service_fn(|request| {
+            let proxy = Arc::clone(&self);
+            let certified = certified.clone();
+            async move { Ok::<_, Infallible>(proxy.answer(request, certified).await) }
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(idle_limit(limit))
+            .max_buf_size(MAX_HEAD)
+            .max_headers(MAX_HEADERS)
+            .serve_connection(TokioIo::new(io), service)
+            .with_upgrades();
+        let mut connection = std::pin::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%peer, error = %daemon::chain(&error), "forward proxy connection ended");
+        }
+    }
+
+    async fn answer(
+        self: Arc<Self>,
+        request: HttpRequest<Incoming>,
+        certified: Option<String>,
+    ) -> Response<Body> {
+        let who = certified.or_else(|| self.credentials.load().requester(request.headers()));
+        let Some(requester) = who else {
+            let sentence = Reason::Unauthenticated.sentence().to_owned();
+            return self.refuse(&Refusal { reason: Reason::Unauthenticated, sentence });
+        };
+        let answered = if request.method() == Method::CONNECT {
+            self.connect(request, requester).await
+        } else {
+            self.forward(request, requester).await
+        };
+        answered.unwrap_or_else(|refusal| response(&refusal))
+    }
+
+    /// Refuses what never became a [`Request`].
+    fn refuse(&self, refusal: &Refusal) -> Response<Body> {
+        self.forwarder.metrics.stream(NAME, Path::None, Outcome::Failed(refusal.reason));
+        tracing::info!(target: "access", frontend = NAME, reason = refusal.reason.label(), said = %refusal, "request refused");
+        response(refusal)
+    }
+
+    async fn connect(
+        self: Arc<Self>,
+        mut request: HttpRequest<Incoming>,
+        requester: String,
+    ) -> Result<Response<Body>, Refusal> {
+        let destination = destination(request.uri().authority().map(http::uri::Authority::as_str), None)?;
+        let wanted =
+            Request { frontend: NAME, requester, destination, elsewhere: Elsewhere::Refuse };
+        // hyper drops this future when the requester hangs up, and with it the stream that is being opened.
+        let opened = self.forwarder.open(wanted, std::future::pending()).await?;
+        let upgrade = hyper::upgrade::on(&mut request);
+        self.tasks.spawn("relay", async move {
+            match upgrade.await {
+                Ok(upgraded) => relay(opened, upgraded).await,
+                Err(error) => tracing::debug!(%error, "the requester left before its answer"),
+            }
+        });
+        Ok(Response::new(empty()))
+    }
+
+    async fn forward(
+        &self,
+        mut request: HttpRequest<Incoming>,
+        requester: String,
+    ) -> Result<Response<Body>, Refusal> {
+        let uri = request.uri();
+        if uri.scheme() != Some(&http::uri::Scheme::HTTP) {
+            let sentence = "only http:// URLs and CONNECT are served here".to_owned();
+            return Err(Refusal { reason: Reason::BadRequest, sentence });
+        }
+        destination(uri.authority().map(http::uri::Authority::as_str), Some(80))?;
+        strip_hop_by_hop(request.headers_mut());
+        *request.version_mut() = http::Version::HTTP_11;
+        let response = self.pool.send(request, requester).await?;
+        let (mut head, body) = response.into_parts();
+        strip_hop_by_hop(&mut head.headers);
+        Ok(Response::from_parts(head, body.boxed()))
+    }
+}
+
+/// A kept connection may be idle between two scrapes.
+fn idle_limit(header: Duration) -> Duration {
+    header.max(Duration::from_secs(90))
+}
+
+/// The destination in an authority; a port may have a default. A user in it is not looked at.
+fn destination(authority: Option<&str>, default_port: Option<u16>) -> Result<Destination, Refusal> {
+    let text = authority.unwrap_or_default();
+    let text = text.rsplit_once('@').map_or(text, |(_, host)| host);
+    let with_port = match default_port {
+        Some(port) if text.parse::<proto::Host>().is_ok() => format!("{text}:{port}"),
+        Some(_) | None => text.to_owned(),
+    };
+    with_port.parse().map_err(|error: proto::IdError| Refusal {
+        reason: Reason::BadRequest,
+        sentence: format!("{text:?}: {error}"),
+    })
+}
+
+/// Fields that are for the next hop only (RFC 9110 section 7.6.1), the proxy's credentials among them.
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    let fixed = [
+        header::CONNECTION,
+        header::PROXY_AUTHENTICATE,
+        header::PROXY_AUTHORIZATION,
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+        HeaderName::from_static("proxy-connection"),
+        HeaderName::from_static("keep-alive"),
+    ];
+    for name in fixed.into_iter().chain(named) {
+        headers.remove(name);
+    }
+}
+
+async fn relay(opened: Opened, upgraded: Upgraded) {
+    let Ok(parts) = upgraded.downcast::<TokioIo<Io>>() else {
+        tracing::error!("an upgraded connection is not what was upgraded");
+        return;
+    };
+    let mut io = parts.io.into_inner();
+    if let RelayEnd::Cut(_) = opened.relay(&mut io, parts.read_buf).await {
+        io.abort();
+    }
+}
+
+fn empty() -> Body {
+    Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
+}
+
+fn response(refusal: &Refusal) -> Response<Body> {
+    let sentence = Bytes::from(format!("{refusal}\n"));
+    let mut response = Response::new(Full::new(sentence).map_err(|never| match never {}).boxed());
+    *response.status_mut() =
+        StatusCode::from_u16(refusal.reason.http_status()).unwrap_or(StatusCode::BAD_GATEWAY);
+    if let Ok(phrase) = ReasonPhrase::try_from(refusal.reason_phrase().into_bytes()) {
+        response.extensions_mut().insert(phrase);
+    }
+    if refusal.reason == Reason::Unauthenticated {
+        let challenge = HeaderValue::from_static("Basic realm=\"corvid\"");
+        response.headers_mut().insert(header::PROXY_AUTHENTICATE, challenge);
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn authorities_get_their_default_port() {
+        let of = |text, port| destination(Some(text), port).map(|d| d.to_string()).ok();
+        assert_eq!(of("edge1", Some(80)).as_deref(), Some("edge1:80"));
+        assert_eq!(of("[fd00::1]", Some(80)).as_deref(), Some("[fd00::1]:80"));
+        assert_eq!(of("edge1:9100", Some(80)).as_deref(), Some("edge1:9100"));
+        assert_eq!(of("user:pw@edge1:9100", Some(80)).as_deref(), Some("edge1:9100"));
+        assert_eq!(of("edge1", None), None);
+    }
+
+    #[test]
+    fn the_proxys_credentials_go_no_further() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::PROXY_AUTHORIZATION, "Basic x".parse().unwrap());
+        headers.insert(header::CONNECTION, "X-Private, close".parse().unwrap());
+        headers.insert("x-private", "1".parse().unwrap());
+        headers.insert(header::AUTHORIZATION, "Bearer for-the-exporter".parse().unwrap());
+        strip_hop_by_hop(&mut headers);
+        assert_eq!(headers.keys().collect::<Vec<_>>(), [&header::AUTHORIZATION]);
+    }
+}

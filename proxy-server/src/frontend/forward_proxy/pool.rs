@@ -1,0 +1,172 @@
+//! Connections to plain exporters, kept between scrapes: hyper's client over streams of the tunnel.
+
+use std::error::Error as _;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use daemon::Tasks;
+use http::{Request as HttpRequest, Response, Uri};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::{Client, Error as ClientError};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::{Reason, RelayEnd};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::time::timeout;
+
+use super::{NAME, destination};
+use crate::config::Elsewhere;
+use crate::error::Refusal;
+use crate::serve::{Forwarder, Request};
+
+/// Scrape intervals are mostly 15 s to 60 s.
+const IDLE: Duration = Duration::from_secs(90);
+/// Connections kept for a destination: more than one scraper at once is rare.
+const KEPT: usize = 2;
+/// Between hyper and the relay.
+const BUFFER: usize = 64 << 10;
+/// For the head of an exporter's answer; Prometheus gives up after 10 s by default, and at most after its interval.
+const ANSWER: Duration = Duration::from_secs(60);
+
+/// The pool of a listener.
+#[derive(Debug, Clone)]
+pub struct Pool(Client<Connector, Incoming>);
+
+impl Pool {
+    /// An empty pool; its connections are tasks of `tasks`.
+    #[must_use]
+    pub fn new(forwarder: Arc<Forwarder>, tasks: &Tasks) -> Self {
+        let client = Client::builder(Owned(tasks.clone()))
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE)
+            .pool_max_idle_per_host(KEPT)
+            .build(Connector { forwarder, tasks: tasks.clone() });
+        Self(client)
+    }
+
+    /// Sends a request over a kept or new connection.
+    ///
+    /// # Errors
+    /// The refusal of the stream, or that the exporter does not answer.
+    pub async fn send(
+        &self,
+        request: HttpRequest<Incoming>,
+        requester: String,
+    ) -> Result<Response<Incoming>, Refusal> {
+        let authority = request.uri().authority().map(ToString::to_string).unwrap_or_default();
+        tracing::debug!(requester, authority, "scrape");
+        let answer = timeout(ANSWER, self.0.request(request)).await;
+        let late = |_elapsed| Refusal::about(&authority, Reason::Timeout);
+        answer.map_err(late)?.map_err(|error| refusal(&error, &authority))
+    }
+}
+
+/// What the client's error means: mostly a [`Refusal`] of the connector.
+fn refusal(error: &ClientError, authority: &str) -> Refusal {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        if let Some(ConnectError(refusal)) = cause.downcast_ref() {
+            return refusal.clone();
+        }
+        source = cause.source();
+    }
+    Refusal::detailed(authority, Reason::DestinationReset, &daemon::chain(error).to_string())
+}
+
+/// Runs hyper's own tasks under an owner.
+#[derive(Debug, Clone)]
+struct Owned(Tasks);
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Owned {
+    fn execute(&self, task: F) {
+        self.0.spawn("pool", task);
+    }
+}
+
+/// Opens streams for the client.
+#[derive(Debug, Clone)]
+struct Connector {
+    forwarder: Arc<Forwarder>,
+    tasks: Tasks,
+}
+
+/// A refusal as the client's error.
+#[derive(Debug, thiserror::Error)]
+#[error("open a stream")]
+struct ConnectError(Refusal);
+
+impl tower_service::Service<Uri> for Connector {
+    type Response = TokioIo<Tunnelled>;
+    type Error = ConnectError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ConnectError>> + Send>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), ConnectError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let Self { forwarder, tasks } = self.clone();
+        Box::pin(async move {
+            let authority = uri.authority().map(http::uri::Authority::as_str);
+            let destination = destination(authority, Some(80)).map_err(ConnectError)?;
+            // The connection is shared by whoever may use this frontend.
+            let request = Request {
+                frontend: NAME,
+                requester: "pool".to_owned(),
+                destination,
+                elsewhere: Elsewhere::Refuse,
+            };
+            let opened = forwarder.open(request, std::future::pending()).await;
+            let opened = opened.map_err(ConnectError)?;
+            let (near, mut far) = tokio::io::duplex(BUFFER);
+            tasks.spawn("relay", async move {
+                // A cut relay drops `far`: hyper sees the end and, within an answer, an error.
+                match opened.relay(&mut far, Bytes::new()).await {
+                    RelayEnd::Finished | RelayEnd::Cut(_) => {}
+                }
+            });
+            Ok(TokioIo::new(Tunnelled(near)))
+        })
+    }
+}
+
+/// The client's end of a stream.
+#[derive(Debug)]
+struct Tunnelled(DuplexStream);
+
+impl Connection for Tunnelled {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl AsyncRead for Tunnelled {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Tunnelled {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.get_mut().0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+    }
+}

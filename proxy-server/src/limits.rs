@@ -1,0 +1,139 @@
+//! How much at once, in one place. Everything here is a semaphore whose permit lives as long as what it counts.
+//!
+//! | limit | when it is full |
+//! | --- | --- |
+//! | streams | the request is refused with [`Reason::Overloaded`] |
+//! | pending dials | the same; agents that hang can't fill the server |
+//! | handshakes | above a quarter, unproved addresses are asked to come again (Retry); when full, they are turned away |
+//! | new sessions a second | the agent is told when to come again |
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use proto::Reason;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::config::Limits as Settings;
+
+/// Permits of a proxy-server.
+#[derive(Debug)]
+pub struct Limits {
+    streams: Arc<Semaphore>,
+    pending: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    most_handshakes: usize,
+    sessions: DefaultDirectRateLimiter,
+    clock: DefaultClock,
+}
+
+/// What to do with a peer that begins a handshake.
+#[derive(Debug)]
+pub enum Knock {
+    /// Go on; holds the place.
+    Enter(OwnedSemaphorePermit),
+    /// Show first that you receive at your address.
+    Retry,
+    /// No room.
+    Refuse,
+}
+
+impl Limits {
+    /// Limits by these settings.
+    #[must_use]
+    pub fn new(settings: &Settings) -> Self {
+        let rate = NonZeroU32::new(settings.sessions_per_second).unwrap_or(NonZeroU32::MIN);
+        Self {
+            streams: Arc::new(Semaphore::new(settings.streams)),
+            pending: Arc::new(Semaphore::new(settings.pending_dials)),
+            handshakes: Arc::new(Semaphore::new(settings.handshakes)),
+            most_handshakes: settings.handshakes,
+            sessions: RateLimiter::direct(Quota::per_second(rate)),
+            clock: DefaultClock::default(),
+        }
+    }
+
+    /// A place for a stream.
+    ///
+    /// # Errors
+    /// [`Reason::Overloaded`].
+    pub fn stream(&self) -> Result<OwnedSemaphorePermit, Reason> {
+        Arc::clone(&self.streams).try_acquire_owned().map_err(|_full| Reason::Overloaded)
+    }
+
+    /// A place among the streams that are being opened.
+    ///
+    /// # Errors
+    /// [`Reason::Overloaded`].
+    pub fn pending_dial(&self) -> Result<OwnedSemaphorePermit, Reason> {
+        Arc::clone(&self.pending).try_acquire_owned().map_err(|_full| Reason::Overloaded)
+    }
+
+    /// Whether a peer may begin its handshake; `validated` once it has shown that it receives at its address.
+    #[must_use]
+    pub fn knock(&self, validated: bool) -> Knock {
+        let busy = self.most_handshakes - self.handshakes.available_permits();
+        if !validated && busy > self.most_handshakes / 4 {
+            return Knock::Retry;
+        }
+        Arc::clone(&self.handshakes).try_acquire_owned().map_or(Knock::Refuse, Knock::Enter)
+    }
+
+    /// Whether a session may come about now, else when to come again.
+    ///
+    /// # Errors
+    /// How long to stay away.
+    pub fn admit(&self) -> Result<(), Duration> {
+        self.sessions.check().map_err(|until| until.wait_time_from(self.clock.now()))
+    }
+
+    /// Streams open now, of the limit given.
+    #[must_use]
+    pub fn free_streams(&self) -> usize {
+        self.streams.available_permits()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits::new(&Settings {
+            streams: 1,
+            pending_dials: 1,
+            handshakes: 4,
+            sessions_per_second: 1,
+            ..Settings::default()
+        })
+    }
+
+    #[test]
+    fn a_place_is_given_back_when_its_holder_goes() {
+        let limits = limits();
+        let held = limits.stream().unwrap();
+        assert_eq!(limits.stream().unwrap_err(), Reason::Overloaded);
+        drop(held);
+        limits.stream().unwrap();
+    }
+
+    #[test]
+    fn above_the_mark_strangers_prove_their_address_and_when_full_nobody_enters() {
+        let limits = limits();
+        let held: Vec<_> = (0..4).map(|_| limits.knock(true)).collect();
+        assert!(held.iter().all(|k| matches!(k, Knock::Enter(_))));
+        assert!(matches!(limits.knock(false), Knock::Retry));
+        assert!(matches!(limits.knock(true), Knock::Refuse));
+        drop(held);
+        assert!(matches!(limits.knock(false), Knock::Enter(_)));
+    }
+
+    #[test]
+    fn agents_over_the_rate_are_told_when_to_come_again() {
+        let limits = limits();
+        limits.admit().unwrap();
+        assert!(limits.admit().unwrap_err() > Duration::ZERO);
+    }
+}

@@ -1,0 +1,174 @@
+//! Every metric of a proxy-server, with its unit and help. Labels come from closed sets; node names are none.
+
+use std::sync::Arc;
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use proto::Reason;
+
+use crate::record::{Outcome, Path};
+
+/// A reason, or "ok".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct OutcomeLabel(pub Outcome);
+
+impl EncodeLabelValue for OutcomeLabel {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        EncodeLabelValue::encode(&self.0.label(), encoder)
+    }
+}
+
+/// Labels of a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct StreamLabels {
+    /// Which frontend.
+    pub frontend: &'static str,
+    /// tunnel, direct or none.
+    pub path: &'static str,
+    /// ok, or why not.
+    pub reason: OutcomeLabel,
+}
+
+/// Labels of a session's end.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabels {
+    /// Why.
+    pub reason: &'static str,
+}
+
+/// Labels of bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DirectionLabels {
+    /// `to_edge` or `from_edge`.
+    pub direction: &'static str,
+}
+
+/// Labels of a certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CertificateLabels {
+    /// `ca` or `server`.
+    pub certificate: &'static str,
+}
+
+/// Labels of what may work or not.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ResultLabels {
+    /// `ok` or `error`.
+    pub result: &'static str,
+}
+
+/// The metrics. Clones are handles to the same ones.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// Ended streams.
+    pub streams: Family<StreamLabels, Counter>,
+    /// Streams now.
+    pub streams_open: Gauge,
+    /// Bytes relayed.
+    pub bytes: Family<DirectionLabels, Counter>,
+    /// From the request to the destination's answer.
+    pub dial: Histogram,
+    /// Sessions now.
+    pub sessions: Gauge,
+    /// Ended sessions.
+    pub sessions_ended: Family<ReasonLabels, Counter>,
+    /// Peers that did not become a session.
+    pub sessions_refused: Family<ReasonLabels, Counter>,
+    /// When certificates expire.
+    pub expiry: Family<CertificateLabels, Gauge>,
+    /// Configuration reloads.
+    pub reloads: Family<ResultLabels, Counter>,
+    /// Bytes that stopped readers may hold.
+    pub held: Gauge,
+}
+
+impl Metrics {
+    /// Registers all of them.
+    #[must_use]
+    pub fn new(daemon: &daemon::Metrics) -> Arc<Self> {
+        // 1 ms to 15 s, where the dial gives up.
+        let buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0];
+        let metrics = Self {
+            streams: Family::default(),
+            streams_open: Gauge::default(),
+            bytes: Family::default(),
+            dial: Histogram::new(buckets),
+            sessions: Gauge::default(),
+            sessions_ended: Family::default(),
+            sessions_refused: Family::default(),
+            expiry: Family::default(),
+            reloads: Family::default(),
+            held: Gauge::default(),
+        };
+        daemon.register(|registry| metrics.register(registry));
+        Arc::new(metrics)
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        registry.register("streams", "Ended streams, by how they ended", self.streams.clone());
+        registry.register("streams_open", "Streams open now", self.streams_open.clone());
+        registry.register_with_unit(
+            "stream",
+            "Bytes relayed, by direction",
+            Unit::Bytes,
+            self.bytes.clone(),
+        );
+        registry.register_with_unit(
+            "dial",
+            "From a request to the destination's answer",
+            Unit::Seconds,
+            self.dial.clone(),
+        );
+        registry.register("sessions", "Sessions of agents now", self.sessions.clone());
+        registry.register("sessions_ended", "Ended sessions, by why", self.sessions_ended.clone());
+        registry.register(
+            "sessions_refused",
+            "Peers that did not become a session, by why",
+            self.sessions_refused.clone(),
+        );
+        registry.register(
+            "certificate_expiry_timestamp_seconds",
+            "When the certificate expires, Unix time",
+            self.expiry.clone(),
+        );
+        registry.register(
+            "config_reloads",
+            "Reloads of configuration or certificates, by result",
+            self.reloads.clone(),
+        );
+        registry.register_with_unit(
+            "stopped_readers_held",
+            "Bytes that stopped readers may hold, of the memory budget",
+            Unit::Bytes,
+            self.held.clone(),
+        );
+    }
+
+    /// Counts a peer that did not become a session.
+    pub fn refused(&self, reason: Reason) {
+        self.sessions_refused.get_or_create(&ReasonLabels { reason: reason.label() }).inc();
+    }
+
+    /// Counts an ended stream.
+    pub fn stream(&self, frontend: &'static str, path: Path, outcome: Outcome) {
+        let labels =
+            StreamLabels { frontend, path: path.label(), reason: OutcomeLabel(outcome) };
+        self.streams.get_or_create(&labels).inc();
+    }
+
+    /// Counts bytes.
+    pub fn moved(&self, to_edge: u64, from_edge: u64) {
+        self.bytes.get_or_create(&DirectionLabels { direction: "to_edge" }).inc_by(to_edge);
+        self.bytes.get_or_create(&DirectionLabels { direction: "from_edge" }).inc_by(from_edge);
+    }
+
+    /// Counts a reload.
+    pub fn reloaded(&self, worked: bool) {
+        let result = if worked { "ok" } else { "error" };
+        self.reloads.get_or_create(&ResultLabels { result }).inc();
+    }
+}

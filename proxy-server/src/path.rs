@@ -1,0 +1,3 @@
+//! Ways to a destination that is not dialled by an agent.
+
+pub mod direct;

@@ -1,0 +1,144 @@
+//! Dials what is not at the edge, for frontends that say `default: direct`: kube-apiserver sends webhooks and
+//! aggregated APIs through the same egress.
+//!
+//! Never dialled, whatever is asked: loopback, link-local and metadata addresses, unspecified, multicast and broadcast
+//! ones, and this server's own listeners. The check is on the address that is then dialled, so no name can be bent.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use proto::{Destination, Host, Reason};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+use crate::error::Refusal;
+
+/// Metadata services outside the link-local range: AWS over IPv6, Alibaba Cloud, Oracle Cloud.
+const METADATA: [IpAddr; 3] = [
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+];
+
+/// Whether the address is one that is never dialled.
+fn is_forbidden(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    let special = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    special || ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || METADATA.contains(&ip)
+}
+
+/// Whether `address` is one of our own listeners; `own` has bound addresses, possibly unspecified ones.
+fn is_ourselves(address: SocketAddr, own: &[SocketAddr], interfaces: &[IpAddr]) -> bool {
+    own.iter().any(|listener| {
+        let here = listener.ip() == address.ip()
+            || (listener.ip().is_unspecified() && interfaces.contains(&address.ip().to_canonical()));
+        here && listener.port() == address.port()
+    })
+}
+
+/// Addresses of this machine's interfaces.
+fn interfaces() -> Vec<IpAddr> {
+    let Ok(all) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    };
+    all.filter_map(address).collect()
+}
+
+fn reason(error: &io::Error) -> Reason {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "ErrorKind is not exhaustive")]
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => Reason::DialRefused,
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+            Reason::DialUnreachable
+        }
+        io::ErrorKind::TimedOut => Reason::DialTimeout,
+        _ if matches!(error.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE)) => {
+            Reason::FilesExhausted
+        }
+        _ => Reason::DialFailed,
+    }
+}
+
+/// Dials the destination's addresses in the resolver's order until one answers.
+///
+/// # Errors
+/// A refusal that names the destination.
+pub async fn dial(
+    destination: &Destination,
+    own: &[SocketAddr],
+    deadline: Instant,
+) -> Result<TcpStream, Refusal> {
+    let late = |_elapsed| Refusal::about(destination, Reason::DialTimeout);
+    let addresses: Vec<SocketAddr> = match &destination.host {
+        Host::Ip(ip) => vec![SocketAddr::new(*ip, destination.port)],
+        Host::Name(name) => {
+            let lookup = tokio::net::lookup_host((name.as_str(), destination.port));
+            let found = timeout_at(deadline, lookup).await.map_err(late)?;
+            let failed = |e: io::Error| {
+                Refusal::detailed(destination, Reason::Resolve, &e.to_string())
+            };
+            found.map_err(failed)?.collect()
+        }
+    };
+    let interfaces = interfaces();
+    let mut last = Refusal::about(destination, Reason::Resolve);
+    for address in addresses {
+        if is_forbidden(address.ip()) || is_ourselves(address, own, &interfaces) {
+            last = Refusal::about(destination, Reason::ForbiddenDestination);
+            continue;
+        }
+        #[expect(clippy::disallowed_methods, reason = "the one place that dials without a tunnel")]
+        let connect = TcpStream::connect(address);
+        match timeout_at(deadline, connect).await.map_err(late)? {
+            Ok(stream) => {
+                stream.set_nodelay(true).ok(); // only latency is lost without it
+                return Ok(stream);
+            }
+            Err(error) => {
+                last = Refusal::detailed(destination, reason(&error), &error.to_string());
+            }
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_link_local_and_metadata_are_never_dialled() {
+        for ip in [
+            "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "169.254.169.254", "fe80::1", "0.0.0.0", "::",
+            "224.0.0.1", "ff02::1", "255.255.255.255", "fd00:ec2::254", "100.100.100.200", "::ffff:169.254.169.254",
+        ] {
+            assert!(is_forbidden(ip.parse().unwrap()), "{ip}");
+        }
+        for ip in ["10.96.0.1", "192.168.1.10", "203.0.113.1", "fd00::1", "2001:db8::1"] {
+            assert!(!is_forbidden(ip.parse().unwrap()), "{ip}");
+        }
+    }
+
+    #[test]
+    fn our_own_listeners_are_never_dialled() {
+        let own = ["0.0.0.0:8444".parse().unwrap(), "10.0.0.1:8445".parse().unwrap()];
+        let interfaces = ["10.0.0.1".parse().unwrap()];
+        let ours = |a: &str| is_ourselves(a.parse().unwrap(), &own, &interfaces);
+        assert!(ours("10.0.0.1:8444") && ours("10.0.0.1:8445"));
+        assert!(!ours("10.0.0.2:8444") && !ours("10.0.0.1:443"));
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_to_loopback_is_refused() {
+        let destination = "localhost:1".parse().unwrap();
+        let deadline = Instant::now() + std::time::Duration::from_secs(10);
+        let refusal = dial(&destination, &[], deadline).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::ForbiddenDestination);
+    }
+}

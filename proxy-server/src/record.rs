@@ -1,0 +1,138 @@
+//! One line in the access log and the counters for each request, written when its guard is dropped, whatever happened.
+
+use std::sync::Arc;
+
+use proto::{Counters, Destination, Reason};
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// Both ways with their end of file.
+    Ok,
+    /// Not well.
+    Failed(Reason),
+}
+
+impl Outcome {
+    /// Metric label and log field.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed(reason) => reason.label(),
+        }
+    }
+}
+
+/// Which way a request took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// None yet.
+    None,
+    /// Through an agent's session.
+    Tunnel,
+    /// Dialled from here.
+    Direct,
+}
+
+impl Path {
+    /// Metric label and log field.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Tunnel => "tunnel",
+            Self::Direct => "direct",
+        }
+    }
+}
+
+/// The record of one request. Dropped without [`StreamRecord::end`] it says [`Reason::Internal`]: a panic, or a task
+/// that was dropped.
+#[derive(Debug)]
+pub struct StreamRecord {
+    metrics: Arc<Metrics>,
+    frontend: &'static str,
+    requester: String,
+    destination: Destination,
+    /// Which way it took.
+    pub path: Path,
+    /// The node, once routed.
+    pub node: String,
+    /// The session, once picked.
+    pub session: String,
+    /// What moved.
+    pub counters: Arc<Counters>,
+    started: Instant,
+    answered: Option<Instant>,
+    outcome: Outcome,
+    sentence: String,
+}
+
+impl StreamRecord {
+    /// Begins with the request.
+    #[must_use]
+    pub fn new(
+        metrics: &Arc<Metrics>,
+        frontend: &'static str,
+        requester: String,
+        destination: Destination,
+    ) -> Self {
+        metrics.streams_open.inc();
+        Self {
+            metrics: Arc::clone(metrics),
+            frontend,
+            requester,
+            destination,
+            path: Path::None,
+            node: String::new(),
+            session: String::new(),
+            counters: Arc::default(),
+            started: Instant::now(),
+            answered: None,
+            outcome: Outcome::Failed(Reason::Internal),
+            sentence: String::new(),
+        }
+    }
+
+    /// The destination answered.
+    pub fn answered(&mut self) {
+        self.answered = Some(Instant::now());
+        self.metrics.dial.observe(self.started.elapsed().as_secs_f64());
+    }
+
+    /// How it ended; `sentence` is what the requester was told, if anything.
+    pub fn end(&mut self, outcome: Outcome, sentence: &str) {
+        self.outcome = outcome;
+        sentence.clone_into(&mut self.sentence);
+    }
+}
+
+impl Drop for StreamRecord {
+    fn drop(&mut self) {
+        self.metrics.streams_open.dec();
+        self.metrics.stream(self.frontend, self.path, self.outcome);
+        let (to_edge, from_edge) = (self.counters.sent(), self.counters.received());
+        self.metrics.moved(to_edge, from_edge);
+        let dial = self.answered.map(|at| at.duration_since(self.started).as_millis());
+        tracing::info!(
+            target: "access",
+            frontend = self.frontend,
+            requester = self.requester,
+            destination = %self.destination,
+            node = self.node,
+            path = self.path.label(),
+            session = self.session,
+            reason = self.outcome.label(),
+            said = self.sentence,
+            to_edge,
+            from_edge,
+            dial_ms = dial.and_then(|ms| u64::try_from(ms).ok()),
+            ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "stream"
+        );
+    }
+}

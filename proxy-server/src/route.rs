@@ -1,0 +1,164 @@
+//! Which agent serves a destination. Pure: a table made of the configuration and the agents that are known.
+//!
+//! | destination | route |
+//! | --- | --- |
+//! | name in `routes` | that entry's agent |
+//! | name of a known agent (it enrolled, or has or had a session) | that agent |
+//! | address in `routes`, the most specific entry first | its agent; two agents at the same length: refused, both named |
+//! | anything else | not at the edge: the frontend's own default |
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use proto::{AgentName, Destination, Host, Reason};
+
+use crate::config::RouteEntry;
+use crate::error::Refusal;
+
+/// Where a destination is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    /// At the edge, behind that agent; `node` is what people call it.
+    Edge {
+        /// Who serves it.
+        agent: AgentName,
+        /// The node's name.
+        node: String,
+    },
+    /// Not at the edge.
+    Elsewhere,
+}
+
+/// The table.
+#[derive(Debug, Default, Clone)]
+pub struct RouteTable {
+    names: HashMap<String, AgentName>,
+    /// Longest prefix first.
+    nets: Vec<(IpNet, String, AgentName)>,
+}
+
+impl RouteTable {
+    /// The table of these entries.
+    #[must_use]
+    pub fn new(entries: &[RouteEntry]) -> Self {
+        let mut table = Self::default();
+        for entry in entries {
+            let Some(agent) = entry.agent() else { continue };
+            for cidr in &entry.addresses {
+                table.nets.push((cidr.0, entry.node.clone(), agent.clone()));
+            }
+            table.names.insert(entry.node.clone(), agent);
+        }
+        table.nets.sort_by_key(|(net, ..)| std::cmp::Reverse(net.prefix_len()));
+        table
+    }
+
+    /// Routes a destination; `known` says whether there is an agent of that name.
+    ///
+    /// # Errors
+    /// [`Reason::AmbiguousDestination`], never a guess.
+    pub fn route(
+        &self,
+        destination: &Destination,
+        known: impl Fn(&AgentName) -> bool,
+    ) -> Result<Route, Refusal> {
+        match &destination.host {
+            Host::Name(name) => Ok(self.by_name(name, known)),
+            Host::Ip(ip) => self.by_address(*ip),
+        }
+    }
+
+    fn by_name(&self, name: &str, known: impl Fn(&AgentName) -> bool) -> Route {
+        if let Some(agent) = self.names.get(name) {
+            return Route::Edge { agent: agent.clone(), node: name.to_owned() };
+        }
+        match name.parse::<AgentName>() {
+            Ok(agent) if known(&agent) => Route::Edge { node: name.to_owned(), agent },
+            Ok(_) | Err(_) => Route::Elsewhere,
+        }
+    }
+
+    fn by_address(&self, ip: IpAddr) -> Result<Route, Refusal> {
+        let mut fitting = self.nets.iter().filter(|(net, ..)| net.contains(&ip));
+        let Some((longest, node, agent)) = fitting.next() else { return Ok(Route::Elsewhere) };
+        let rivals: BTreeSet<&str> = fitting
+            .take_while(|(net, ..)| net.prefix_len() == longest.prefix_len())
+            .filter(|(_, _, other)| other != agent)
+            .map(|(_, node, _)| node.as_str())
+            .collect();
+        if rivals.is_empty() {
+            return Ok(Route::Edge { agent: agent.clone(), node: node.clone() });
+        }
+        let names: BTreeSet<&str> = rivals.into_iter().chain([node.as_str()]).collect();
+        let names = names.into_iter().collect::<Vec<_>>().join(" and ");
+        Err(Refusal {
+            reason: Reason::AmbiguousDestination,
+            sentence: format!("address {ip} is that of nodes {names}: ask by node name"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Cidr;
+
+    fn entry(node: &str, agent: Option<&str>, addresses: &[&str]) -> RouteEntry {
+        let cidr = |a: &&str| Cidr::try_from((*a).to_owned()).unwrap();
+        RouteEntry {
+            node: node.into(),
+            agent: agent.map(Into::into),
+            addresses: addresses.iter().map(cidr).collect(),
+        }
+    }
+
+    fn table() -> RouteTable {
+        RouteTable::new(&[
+            entry("edge1", None, &["192.168.1.10", "10.0.0.0/8"]),
+            entry("edge2", None, &["192.168.1.10", "fd00::/64"]),
+            entry("press", Some("site-a"), &["10.9.0.0/24"]),
+            entry("lathe", Some("site-a"), &["10.9.0.7", "10.9.1.0/24"]),
+            entry("drill", Some("site-a"), &["10.9.1.0/24"]),
+        ])
+    }
+
+    fn route(to: &str) -> Result<Route, Refusal> {
+        table().route(&to.parse().unwrap(), |agent| agent.as_str() == "edge9")
+    }
+
+    fn edge(node: &str, agent: &str) -> Route {
+        Route::Edge { agent: agent.parse().unwrap(), node: node.into() }
+    }
+
+    #[test]
+    fn names_lead_to_their_agent() {
+        assert_eq!(route("edge1:10250").unwrap(), edge("edge1", "edge1"));
+        assert_eq!(route("press:10250").unwrap(), edge("press", "site-a"));
+        assert_eq!(route("edge9:10250").unwrap(), edge("edge9", "edge9"), "known by its enrolment");
+        assert_eq!(route("site-a:1").unwrap(), Route::Elsewhere, "an agent's name is no node's");
+        assert_eq!(route("webhook.default.svc:443").unwrap(), Route::Elsewhere);
+    }
+
+    #[test]
+    fn the_most_specific_address_wins() {
+        assert_eq!(route("10.1.2.3:1").unwrap(), edge("edge1", "edge1"));
+        assert_eq!(route("10.9.0.1:1").unwrap(), edge("press", "site-a"));
+        assert_eq!(route("10.9.0.7:1").unwrap(), edge("lathe", "site-a"));
+        assert_eq!(route("[fd00::1]:1").unwrap(), edge("edge2", "edge2"));
+        assert_eq!(route("[::ffff:10.1.2.3]:1").unwrap(), edge("edge1", "edge1"));
+        assert_eq!(route("203.0.113.9:1").unwrap(), Route::Elsewhere);
+    }
+
+    #[test]
+    fn an_address_that_two_agents_share_is_refused_and_both_are_named() {
+        let refusal = route("192.168.1.10:10250").unwrap_err();
+        assert_eq!(refusal.reason, Reason::AmbiguousDestination);
+        assert!(refusal.sentence.contains("edge1 and edge2"), "{refusal}");
+    }
+
+    #[test]
+    fn two_nodes_of_one_agent_may_share_an_address() {
+        assert_eq!(route("10.9.1.5:1").unwrap(), edge("lathe", "site-a"));
+    }
+}
