@@ -7,13 +7,16 @@
 //! (tracing target `audit`). This module dials and serves single connections; it listens nowhere.
 
 mod client;
+mod error;
 mod executor;
 mod files;
 mod limit;
 mod reason;
 mod server;
+mod watched;
 
-pub use client::{EnrollError, EnrollRequest, Enrolled, enroll, renew};
+pub use client::{EnrollRequest, Enrolled, enroll, renew};
+pub use error::EnrollError;
 pub use files::{AgentFiles, AgentFilesError};
 pub use limit::EnrollLimits;
 pub use server::{EnrollService, ServeError};

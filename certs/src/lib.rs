@@ -54,7 +54,7 @@ pub use token_store::{
     AgentEntry, MAX_USES, NewToken, RedeemError, Snapshot, Store, TokenEntry, TokenStoreError,
 };
 pub use verify::{
-    FrontendTrust, OperatorPki, OperatorPkiError, Peer, PeerError, Revocations, RuleError, peer,
-    quic_peer, requester, tls_peer,
+    FrontendTrust, OperatorPki, OperatorPkiError, Peer, PeerError, Revocations, peer, quic_peer,
+    requester, tls_peer,
 };
 pub use x509::Malformed;

@@ -139,7 +139,7 @@ impl fmt::Debug for Revocations {
 
 /// Why a genuine certificate doesn't open this door.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RuleError {
+pub(crate) enum RuleError {
     /// It says not who its holder is.
     #[error("read the certificate's identity")]
     Peer(#[from] PeerError),

@@ -5,6 +5,7 @@
     reason = "helpers of tests, where a panic is the report"
 )]
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
@@ -258,35 +259,33 @@ async fn wrong_tokens_are_refused_each_with_its_reason() {
     agent.enroll(&server, &known).await.unwrap();
 }
 
-/// Log lines of this thread, for as long as the guard lives.
-fn audit_lines() -> (
-    tracing::subscriber::DefaultGuard,
-    Arc<parking_lot::Mutex<Vec<u8>>>,
-) {
-    struct Sink(Arc<parking_lot::Mutex<Vec<u8>>>);
-    impl std::io::Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
+thread_local! {
+    /// What was logged on this thread. A test has a thread of its own, and its server runs on it.
+    static LINES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
+/// Writes to [`LINES`].
+struct Sink;
+
+impl std::io::Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LINES.with_borrow_mut(|lines| lines.extend_from_slice(bytes));
+        Ok(bytes.len())
     }
-    let lines = Arc::new(parking_lot::Mutex::new(Vec::new()));
-    let sink = Arc::clone(&lines);
-    let subscriber = tracing_subscriber::fmt()
-        .json()
-        .with_env_filter("audit=info")
-        .with_writer(move || Sink(Arc::clone(&sink)))
-        .finish();
-    (tracing::subscriber::set_default(subscriber), lines)
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[tokio::test]
 async fn each_decision_leaves_one_audit_line_without_the_secret() {
-    let (_guard, lines) = audit_lines();
+    // For the whole process: a subscriber of one thread misses what others met first.
+    tracing_subscriber::fmt()
+        .json()
+        .with_env_filter("audit=info")
+        .with_writer(|| Sink)
+        .init();
     let server = Server::start().await;
     let token = server.token(1, "edge*");
     let wrong = format!("{}.{}", token.id(), "a".repeat(32))
@@ -308,7 +307,7 @@ async fn each_decision_leaves_one_audit_line_without_the_secret() {
         .await
         .unwrap_err();
 
-    let text = String::from_utf8(lines.lock().clone()).unwrap();
+    let text = String::from_utf8(LINES.take()).unwrap();
     let lines: Vec<serde_json::Value> = text
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())

@@ -137,6 +137,7 @@ impl Tunnel {
         match &self.io {
             Io::Unix(stream) => Ok(Self {
                 io: Io::Unix(stream.try_clone()?),
+                finished: self.finished,
             }),
             Io::Tls(_) => bail!("a TLS stream has one handle"),
         }

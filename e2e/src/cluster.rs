@@ -26,16 +26,18 @@ mod kubectl;
 mod node;
 mod pki;
 pub mod pods;
+mod running;
 mod sandbox;
 mod steps;
 mod tunnel;
 
 pub use control_plane::Egress;
 use control_plane::{ControlPlane, PUBLIC};
-pub use kubectl::{Kubectl, Running};
+pub use kubectl::Kubectl;
 use node::Node;
 use pki::Pki;
-pub use steps::{Steps, report};
+pub use running::Running;
+pub use steps::{Steps, report, until};
 pub use tunnel::{Programs, Tunnel};
 
 /// The nodes.
@@ -76,7 +78,10 @@ impl Cluster {
     }
 
     fn start_in(dir: &Arc<TempDir>, logs: &Path) -> Result<Self> {
-        let programs = Programs { server: daemon("proxy-server")?, agent: daemon("edge-agent")? };
+        let programs = Programs {
+            server: daemon("proxy-server")?,
+            agent: daemon("edge-agent")?,
+        };
         let tools = tools()?;
         let state = dir.path();
         let net = Net::sites()?;
@@ -106,7 +111,15 @@ impl Cluster {
         for node in &mut nodes {
             node.kubelet(&tools.join("kubelet"), &pki, ADDRESS, &server)?;
         }
-        let cluster = Self { kubectl, tunnel, _nodes: nodes, control_plane, pki, net, state: Arc::clone(dir) };
+        let cluster = Self {
+            kubectl,
+            tunnel,
+            _nodes: nodes,
+            control_plane,
+            pki,
+            net,
+            state: Arc::clone(dir),
+        };
         cluster.settle()?;
         Ok(cluster)
     }
@@ -126,10 +139,15 @@ impl Cluster {
     }
 
     fn wait_for(&self, what: &str, object: &str) -> Result<()> {
-        let command = self.kubectl.command(&["wait", "--timeout=120s", "--for", what, object]);
+        let command = self
+            .kubectl
+            .command(&["wait", "--timeout=120s", "--for", what, object]);
         let output = crate::process::output(command, Duration::from_secs(130))?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "waiting for {what} of {object}: {errors}");
+        ensure!(
+            output.status.success(),
+            "waiting for {what} of {object}: {errors}"
+        );
         Ok(())
     }
 
@@ -140,7 +158,8 @@ impl Cluster {
     pub fn create(&self, object: &serde_json::Value) -> Result<()> {
         let file = self.state.path().join("object.json");
         fs::write(&file, object.to_string())?;
-        self.kubectl.ok(&["create", "-f", &file.display().to_string()])?;
+        self.kubectl
+            .ok(&["create", "-f", &file.display().to_string()])?;
         Ok(())
     }
 
@@ -187,12 +206,16 @@ impl Cluster {
 
 /// Removes what runs that were killed have left: empty cgroups and state folders.
 fn sweep() -> Result<()> {
-    sandbox::sweep()?;
     for entry in fs::read_dir("/tmp")?.flatten() {
         let name = entry.file_name().into_string().unwrap_or_default();
-        let pid = name.strip_prefix(STATE).and_then(|rest| rest.split('-').next());
+        let pid = name
+            .strip_prefix(STATE)
+            .and_then(|rest| rest.split('-').next());
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             let path = entry.path();
+            for node in NODES {
+                node::sweep(&path.join(node))?;
+            }
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         }
     }
@@ -213,7 +236,11 @@ fn daemon(name: &str) -> Result<PathBuf> {
 fn tools() -> Result<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/bin");
     for name in ["kube-apiserver", "kubectl", "kubelet"] {
-        ensure!(dir.join(name).exists(), "no {name} in {}: run e2e/kubernetes/build.sh", dir.display());
+        ensure!(
+            dir.join(name).exists(),
+            "no {name} in {}: run e2e/kubernetes/build.sh",
+            dir.display()
+        );
     }
     Ok(dir)
 }
@@ -225,7 +252,9 @@ fn tails(logs: &Path) -> String {
         let log = fs::read(entry.path()).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines = log.lines().collect::<Vec<_>>();
-        let tail = lines.get(lines.len().saturating_sub(20)..).unwrap_or_default();
+        let tail = lines
+            .get(lines.len().saturating_sub(20)..)
+            .unwrap_or_default();
         text += &format!("\n--- {} ---\n{}", entry.path().display(), tail.join("\n"));
     }
     text + "\n---"

@@ -27,7 +27,10 @@ pub(crate) fn is_useful(served: u64, heard_after: Duration) -> bool {
 
 impl Backoff {
     pub(crate) const fn new(limits: BackoffLimits) -> Self {
-        Self { limits, failures: 0 }
+        Self {
+            limits,
+            failures: 0,
+        }
     }
 
     /// After a useful session.
@@ -48,7 +51,9 @@ impl Backoff {
     /// The pause after a refusal that trying again does not mend: between half of the longest and the longest.
     pub(crate) fn hopeless(&mut self, random: f64) -> Duration {
         self.failures = self.failures.saturating_add(1);
-        self.limits.max.mul_f64(0.5f64.mul_add(random.clamp(0.0, 1.0), 0.5))
+        self.limits
+            .max
+            .mul_f64(0.5f64.mul_add(random.clamp(0.0, 1.0), 0.5))
     }
 }
 
@@ -72,18 +77,33 @@ mod tests {
     fn pauses_grow_to_the_longest() {
         let mut backoff = backoff();
         let longest: Vec<_> = (0..8).map(|_| backoff.failed(1.0).as_millis()).collect();
-        assert_eq!(longest, [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
-        assert_eq!(backoff.failed(0.0), Duration::from_millis(500), "full jitter, never a busy loop");
+        assert_eq!(
+            longest,
+            [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]
+        );
+        assert_eq!(
+            backoff.failed(0.0),
+            Duration::from_millis(500),
+            "full jitter, never a busy loop"
+        );
     }
 
     #[test]
     fn only_a_useful_session_sets_them_back() {
         assert!(!is_useful(0, Duration::ZERO));
-        assert!(!is_useful(0, Duration::from_secs(2)), "a GoAway after two seconds is no use");
+        assert!(
+            !is_useful(0, Duration::from_secs(2)),
+            "a GoAway after two seconds is no use"
+        );
         assert!(is_useful(1, Duration::ZERO));
-        assert!(is_useful(0, Duration::from_secs(9)), "a keepalive was answered");
+        assert!(
+            is_useful(0, Duration::from_secs(9)),
+            "a keepalive was answered"
+        );
         let mut backoff = backoff();
-        (0..9).for_each(|_| drop(backoff.failed(1.0)));
+        for _ in 0..9 {
+            backoff.failed(1.0);
+        }
         backoff.reset();
         assert_eq!(backoff.failed(1.0), Duration::from_secs(1));
     }
@@ -91,8 +111,14 @@ mod tests {
     #[test]
     fn a_server_is_not_asked_sooner_than_it_said() {
         let pause = Duration::from_secs(1);
-        assert_eq!(obey(pause, Duration::from_secs(5), 0.0), Duration::from_secs(5));
-        assert_eq!(obey(pause, Duration::from_secs(4), 1.0), Duration::from_secs(6));
+        assert_eq!(
+            obey(pause, Duration::from_secs(5), 0.0),
+            Duration::from_secs(5)
+        );
+        assert_eq!(
+            obey(pause, Duration::from_secs(4), 1.0),
+            Duration::from_secs(6)
+        );
         assert_eq!(obey(pause, Duration::ZERO, 1.0), pause);
         assert!(obey(pause, Duration::from_secs(1 << 40), 1.0) <= LONGEST_RETRY_AFTER.mul_f64(1.5));
     }

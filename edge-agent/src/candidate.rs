@@ -106,7 +106,10 @@ mod tests {
     async fn two_names_of_one_address_are_one_candidate() {
         let listed = servers(&["127.0.0.1:8443", "[::ffff:127.0.0.1]:8443", "[::1]:8443"]);
         let candidates = Candidates::new(listed, Resolver::new());
-        assert_eq!(candidates.refresh().await, addresses(&["127.0.0.1:8443", "[::1]:8443"]));
+        assert_eq!(
+            candidates.refresh().await,
+            addresses(&["127.0.0.1:8443", "[::1]:8443"])
+        );
         candidates.replace(servers(&["127.0.0.2:1"])).await;
         let mut watch = candidates.watch();
         assert_eq!(candidates.refresh().await, addresses(&["127.0.0.2:1"]));
@@ -116,9 +119,20 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_is_unknown_takes_nothing_away() {
-        let candidates = Candidates::new(servers(&["no-such-host.invalid:1", "127.0.0.1:2"]), Resolver::new());
+        let candidates = Candidates::new(
+            servers(&["no-such-host.invalid:1", "127.0.0.1:2"]),
+            Resolver::new(),
+        );
         let before = addresses(&["10.0.0.1:1"]).into_iter().collect();
-        candidates.last.lock().await.known.insert("no-such-host.invalid:1".into(), before);
-        assert_eq!(candidates.refresh().await, addresses(&["10.0.0.1:1", "127.0.0.1:2"]));
+        candidates
+            .last
+            .lock()
+            .await
+            .known
+            .insert("no-such-host.invalid:1".into(), before);
+        assert_eq!(
+            candidates.refresh().await,
+            addresses(&["10.0.0.1:1", "127.0.0.1:2"])
+        );
     }
 }

@@ -38,9 +38,11 @@ pub enum Command {
     /// Keep sessions with the proxy-servers and serve their streams.
     Run(Settings),
     /// Get a certificate with the join token, and end.
-    #[command(long_about = "Get a certificate with the join token, keep it in the state directory, and end.\n\n\
+    #[command(
+        long_about = "Get a certificate with the join token, keep it in the state directory, and end.\n\n\
         `run` does this by itself; use this where the token must not stay on the host. Does nothing if there is a \
-        certificate already. Exits with 1 and a sentence if the server refuses.")]
+        certificate already. Exits with 1 and a sentence if the server refuses."
+    )]
     Enroll(Settings),
     /// Say everything that is wrong with the configuration.
     CheckConfig(Settings),
@@ -61,8 +63,16 @@ pub struct Settings {
     #[arg(long, value_name = "DIR", env = "CORVID_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
     /// A proxy-server; may be given several times.
-    #[arg(long = "server", value_name = "HOST:PORT", env = "CORVID_SERVERS", value_delimiter = ',')]
+    #[arg(
+        long = "server",
+        value_name = "HOST:PORT",
+        env = "CORVID_SERVERS",
+        value_delimiter = ','
+    )]
     pub servers: Vec<String>,
+    /// File with the join token; read anew at each attempt.
+    #[arg(long, value_name = "FILE", env = "CORVID_JOIN_TOKEN_FILE")]
+    pub join_token_file: Option<PathBuf>,
     /// Pin of the proxy-server's authority, as `proxy-server cert show` prints it.
     #[arg(long, value_name = "sha256:HEX", env = "CORVID_CA_PIN")]
     pub ca_pin: Option<String>,
@@ -90,12 +100,20 @@ impl Settings {
     /// on the host.
     #[must_use]
     pub fn overrides(&self) -> Overrides {
-        let join_token = std::env::var("CORVID_JOIN_TOKEN").ok().filter(|token| !token.is_empty());
+        let join_token = std::env::var("CORVID_JOIN_TOKEN")
+            .ok()
+            .filter(|token| !token.is_empty());
         Overrides {
             name: self.name.clone(),
             state_dir: self.state_dir.clone(),
-            servers: self.servers.iter().filter(|text| !text.is_empty()).cloned().collect(),
+            servers: self
+                .servers
+                .iter()
+                .filter(|text| !text.is_empty())
+                .cloned()
+                .collect(),
             join_token: join_token.map(Into::into),
+            join_token_file: self.join_token_file.clone(),
             ca_pin: self.ca_pin.clone(),
             log_format: self.log_format,
             log_level: self.log_level.clone(),
@@ -120,8 +138,17 @@ mod tests {
 
     #[test]
     fn servers_may_be_listed_with_commas() {
-        let cli = Cli::parse_from(["edge-agent", "run", "--server", "a:1,b:2", "--server", "c:3"]);
-        let Command::Run(settings) = cli.command else { panic!("not run") };
+        let cli = Cli::parse_from([
+            "edge-agent",
+            "run",
+            "--server",
+            "a:1,b:2",
+            "--server",
+            "c:3",
+        ]);
+        let Command::Run(settings) = cli.command else {
+            panic!("not run")
+        };
         assert_eq!(settings.overrides().servers, ["a:1", "b:2", "c:3"]);
     }
 }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use daemon::{Exit, Signals, admin, limits, telemetry};
 
-use crate::app::{App, Stop};
+use crate::app::App;
 use crate::candidate::Candidates;
 use crate::cli::{Command, Settings, Status};
 use crate::config::{self, Config};
+use crate::drain::Stop;
 use crate::enroll::{Enrolment, Expiry};
 use crate::error::AppError;
 use crate::metrics::AgentMetrics;
@@ -28,7 +29,11 @@ pub async fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Enroll(settings) => enroll(&settings).await,
         Command::CheckConfig(settings) => {
             let config = load(&settings)?;
-            say(&format!("ok: agent {} of {} servers\n", config.name, config.servers.len()))?;
+            say(&format!(
+                "ok: agent {} of {} servers\n",
+                config.name,
+                config.servers.len()
+            ))?;
             Ok(Exit::Drained)
         }
         Command::Status(status) => show(&status).await,
@@ -38,7 +43,9 @@ pub async fn run(command: Command) -> anyhow::Result<Exit> {
 /// The exit code of an error: a wrong configuration is told from a failure.
 #[must_use]
 pub fn exit_of(error: &anyhow::Error) -> Exit {
-    let config = error.downcast_ref::<daemon::ConfigError>().map(daemon::ConfigError::exit);
+    let config = error
+        .downcast_ref::<daemon::ConfigError>()
+        .map(daemon::ConfigError::exit);
     let app = || error.downcast_ref::<AppError>().map(AppError::exit);
     config.or_else(app).unwrap_or(Exit::Failed)
 }
@@ -60,30 +67,49 @@ async fn agent(settings: &Settings) -> anyhow::Result<Exit> {
     let mut bound = App::bind(config)?.with_log(log);
     if let Some(file) = settings.config.clone() {
         let (overrides, reload) = (settings.overrides(), signals.reload());
-        bound = bound.with_source(ConfigSource { file, overrides, reload });
+        bound = bound.with_source(ConfigSource {
+            file,
+            overrides,
+            reload,
+        });
     }
-    let stop = Stop { shutdown: signals.shutdown(), immediate: signals.immediate() };
+    let stop = Stop {
+        shutdown: signals.shutdown(),
+        immediate: signals.immediate(),
+    };
     Ok(bound.run(stop).await?)
 }
 
 async fn enroll(settings: &Settings) -> anyhow::Result<Exit> {
     let config = load(settings)?;
-    telemetry::init(config.log_format, settings.log_level.as_deref().unwrap_or("error"))?;
+    telemetry::init(
+        config.log_format,
+        settings.log_level.as_deref().unwrap_or("error"),
+    )?;
     let candidates = Arc::new(Candidates::new(config.servers.clone(), Resolver::new()));
     let (metrics, expiry) = (AgentMetrics::new(), Expiry::default());
     let enrolment = Enrolment::new(&config, candidates, metrics, expiry);
     if let Some(own) = enrolment.load()? {
         let until = timestamp(own.credential.not_after());
-        say(&format!("{} is enrolled already; its certificate ends {until}\n", config.name))?;
+        say(&format!(
+            "{} is enrolled already; its certificate ends {until}\n",
+            config.name
+        ))?;
         return Ok(Exit::Drained);
     }
     let enrolled = enrolment
         .join_once()
         .await
-        .map_err(|source| AppError::Join { name: config.name.to_string(), source })?;
+        .map_err(|source| AppError::Join {
+            name: config.name.to_string(),
+            source: source.into(),
+        })?;
     enrolled.stored.context("keep the certificate")?;
     let until = timestamp(enrolled.credential.not_after());
-    say(&format!("{} is enrolled; its certificate ends {until}\n", config.name))?;
+    say(&format!(
+        "{} is enrolled; its certificate ends {until}\n",
+        config.name
+    ))?;
     Ok(Exit::Drained)
 }
 

@@ -107,7 +107,10 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { dial: Duration::from_secs(10), half_open: Duration::from_secs(600) }
+        Self {
+            dial: Duration::from_secs(10),
+            half_open: Duration::from_secs(600),
+        }
     }
 }
 
@@ -125,7 +128,10 @@ pub struct BackoffLimits {
 
 impl Default for BackoffLimits {
     fn default() -> Self {
-        Self { min: Duration::from_millis(500), max: Duration::from_secs(30) }
+        Self {
+            min: Duration::from_millis(500),
+            max: Duration::from_secs(30),
+        }
     }
 }
 
@@ -140,7 +146,9 @@ pub struct Drain {
 
 impl Default for Drain {
     fn default() -> Self {
-        Self { grace: Duration::from_secs(30) }
+        Self {
+            grace: Duration::from_secs(30),
+        }
     }
 }
 
@@ -155,6 +163,8 @@ pub struct Overrides {
     pub servers: Vec<String>,
     /// `join.token`
     pub join_token: Option<SecretString>,
+    /// `join.tokenFile`
+    pub join_token_file: Option<PathBuf>,
     /// `join.caPin`
     pub ca_pin: Option<String>,
     /// `log.format`
@@ -197,7 +207,10 @@ impl Config {
             ("admin", self.admin != new.admin),
             ("log.format", self.log_format != new.log_format),
         ];
-        differs.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
+        differs
+            .into_iter()
+            .filter_map(|(key, differs)| differs.then_some(key))
+            .collect()
     }
 }
 

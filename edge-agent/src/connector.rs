@@ -89,7 +89,13 @@ impl Supervisor {
     fn new(shared: Connector, address: SocketAddr) -> Self {
         let backoff = Backoff::new(shared.limits);
         let renewed = shared.renewed.clone();
-        Self { shared, address, backoff, renewed, failing: None }
+        Self {
+            shared,
+            address,
+            backoff,
+            renewed,
+            failing: None,
+        }
     }
 
     async fn run(mut self) {
@@ -101,7 +107,12 @@ impl Supervisor {
             }
             match self.hold(&live).await {
                 Next::Reconnect(after, reason) => {
-                    self.shared.terms.metrics.reconnects.get_or_create(&reason.into()).inc();
+                    self.shared
+                        .terms
+                        .metrics
+                        .reconnects
+                        .get_or_create(&reason.into())
+                        .inc();
                     sleep(after).await;
                     previous = Some(live);
                 }
@@ -120,7 +131,13 @@ impl Supervisor {
     async fn connect(&mut self) -> Option<Arc<Live>> {
         loop {
             self.wait_for_a_valid_certificate().await;
-            if !self.shared.candidates.refresh().await.contains(&self.address) {
+            if !self
+                .shared
+                .candidates
+                .refresh()
+                .await
+                .contains(&self.address)
+            {
                 return None;
             }
             match session::open(&self.shared.terms, self.address).await {
@@ -130,7 +147,12 @@ impl Supervisor {
                 }
                 Err(error) => {
                     let reason = error.reason();
-                    self.shared.terms.metrics.reconnects.get_or_create(&reason.into()).inc();
+                    self.shared
+                        .terms
+                        .metrics
+                        .reconnects
+                        .get_or_create(&reason.into())
+                        .inc();
                     let pause = self.pause(reason, error.retry_after());
                     self.log(&error, pause);
                     tokio::select! {

@@ -61,7 +61,12 @@ fn of_error(error: &io::Error) -> Reason {
         Reason::DialRefused
     } else if kind == io::ErrorKind::TimedOut {
         Reason::DialTimeout
-    } else if [io::ErrorKind::HostUnreachable, io::ErrorKind::NetworkUnreachable].contains(&kind) {
+    } else if [
+        io::ErrorKind::HostUnreachable,
+        io::ErrorKind::NetworkUnreachable,
+    ]
+    .contains(&kind)
+    {
         Reason::DialUnreachable
     } else {
         Reason::DialFailed
@@ -120,7 +125,11 @@ mod tests {
     }
 
     async fn closed_port() -> SocketAddr {
-        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+        TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap()
     }
 
     #[tokio::test]
@@ -138,8 +147,11 @@ mod tests {
     #[tokio::test]
     async fn a_dial_ends_at_its_deadline() {
         // A listener whose queue is full answers no SYN.
-        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-        listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        let listener =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        listener
+            .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
+            .unwrap();
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();
         let near = || Instant::now() + Duration::from_millis(300);
@@ -165,7 +177,11 @@ mod tests {
             (Errno::EACCES, Reason::DialFailed),
             (Errno::EADDRNOTAVAIL, Reason::DialFailed),
         ] {
-            assert_eq!(of_error(&io::Error::from_raw_os_error(errno as i32)), reason, "{errno}");
+            assert_eq!(
+                of_error(&io::Error::from_raw_os_error(errno as i32)),
+                reason,
+                "{errno}"
+            );
         }
     }
 }

@@ -37,7 +37,8 @@ impl Expiry {
     }
 
     pub(crate) fn set(&self, credential: &Credential) {
-        self.0.store(credential.not_after().as_secs(), Ordering::Relaxed);
+        self.0
+            .store(credential.not_after().as_secs(), Ordering::Relaxed);
     }
 }
 
@@ -98,14 +99,20 @@ impl Enrolment {
                     None
                 }
                 Err(source) => {
-                    return Err(AppError::State { dir: self.files.dir().to_owned(), source });
+                    let dir = self.files.dir().to_owned();
+                    return Err(AppError::State {
+                        dir,
+                        source: source.into(),
+                    });
                 }
             },
         };
         let Some((credential, bundle)) = loaded else {
             return match self.join {
                 Some(_) => Ok(None),
-                None => Err(AppError::NotEnrolled { dir: self.files.dir().to_owned() }),
+                None => Err(AppError::NotEnrolled {
+                    dir: self.files.dir().to_owned(),
+                }),
             };
         };
         self.check(&credential)?;
@@ -113,11 +120,20 @@ impl Enrolment {
     }
 
     /// Reads the operator's files and checks them.
-    pub(crate) fn read(&self, files: &CredentialFiles) -> Result<(Credential, TrustBundle), AppError> {
-        let credential = Credential::load(&files.certificate, &files.key)
-            .map_err(|source| AppError::Credential { file: files.certificate.clone(), source })?;
-        let bundle = TrustBundle::load(&files.ca)
-            .map_err(|source| AppError::Bundle { file: files.ca.clone(), source })?;
+    pub(crate) fn read(
+        &self,
+        files: &CredentialFiles,
+    ) -> Result<(Credential, TrustBundle), AppError> {
+        let credential = Credential::load(&files.certificate, &files.key).map_err(|source| {
+            AppError::Credential {
+                file: files.certificate.clone(),
+                source: source.into(),
+            }
+        })?;
+        let bundle = TrustBundle::load(&files.ca).map_err(|source| AppError::Bundle {
+            file: files.ca.clone(),
+            source: source.into(),
+        })?;
         self.check(&credential)?;
         Ok((credential, bundle))
     }
@@ -126,7 +142,7 @@ impl Enrolment {
         if *credential.identity() == self.identity {
             return Ok(());
         }
-        let (found, wanted) = (credential.identity().clone(), self.identity.clone());
+        let (found, wanted) = (credential.identity().to_string(), self.identity.to_string());
         Err(AppError::OtherIdentity { found, wanted })
     }
 
@@ -160,7 +176,10 @@ impl Enrolment {
             if last.as_ref() == Some(&said) {
                 tracing::debug!(error = said, "not enrolled");
             } else if error.is_final() {
-                tracing::error!(error = said, "not enrolled, and trying again does not help unless this is put right");
+                tracing::error!(
+                    error = said,
+                    "not enrolled, and trying again does not help unless this is put right"
+                );
             } else {
                 tracing::warn!(error = said, "not enrolled yet");
             }
@@ -171,7 +190,9 @@ impl Enrolment {
 
     /// Asks each server once, until one gives a certificate or refuses for good.
     pub(crate) async fn join_once(&self) -> Result<Enrolled, JoinError> {
-        let Some(join) = &self.join else { return Err(JoinError::NoAddress) };
+        let Some(join) = &self.join else {
+            return Err(JoinError::NoAddress);
+        };
         let token = token(&join.token)?;
         let mut last = JoinError::NoAddress;
         for server in self.candidates.refresh().await {
@@ -232,6 +253,7 @@ impl Enrolment {
     }
 
     /// Renews the credential at two thirds of its life and swaps it in place; `renewed` counts.
+    #[expect(clippy::infinite_loop, reason = "ends with its task")]
     pub(crate) async fn keep_renewed(self, own: Own, renewed: watch::Sender<u64>) {
         loop {
             let credential = own.credential.load();
@@ -246,7 +268,10 @@ impl Enrolment {
                     Ok(enrolled) => break enrolled,
                     Err(error) => {
                         attempt = attempt.saturating_add(1);
-                        self.metrics.renewals.get_or_create(&ResultLabel::FAILED).inc();
+                        self.metrics
+                            .renewals
+                            .get_or_create(&ResultLabel::FAILED)
+                            .inc();
                         let left = own.credential.not_after().as_secs();
                         let left = left.saturating_sub(own.clock.now().as_secs());
                         let left = Duration::from_secs(left);
@@ -260,7 +285,10 @@ impl Enrolment {
                     }
                 }
             };
-            self.metrics.renewals.get_or_create(&ResultLabel::DONE).inc();
+            self.metrics
+                .renewals
+                .get_or_create(&ResultLabel::DONE)
+                .inc();
             self.expiry.set(&enrolled.credential);
             own.bundle.replace(enrolled.bundle);
             own.credential.replace(enrolled.credential);
@@ -273,8 +301,10 @@ fn token(source: &TokenSource) -> Result<JoinToken, JoinError> {
     match source {
         TokenSource::Value(value) => Ok(value.expose_secret().trim().parse()?),
         TokenSource::File(file) => {
-            let text = fs::read_to_string(file)
-                .map_err(|source| JoinError::TokenFile { file: file.clone(), source })?;
+            let text = fs::read_to_string(file).map_err(|source| JoinError::TokenFile {
+                file: file.clone(),
+                source,
+            })?;
             // What `proxy-server token create` prints may have been redirected whole.
             Ok(text.lines().next().unwrap_or_default().trim().parse()?)
         }

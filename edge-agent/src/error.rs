@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use certs::{
-    AgentFilesError, BundleError, CredentialError, EnrollError, HandshakeFailure, Identity, PeerError,
+    AgentFilesError, BundleError, CredentialError, EnrollError, HandshakeFailure, PeerError,
 };
 use daemon::Exit;
 use proto::control::ControlError;
-use proto::transport::{SessionError, StreamError};
 use proto::transport::quic::QuicError;
+use proto::transport::{SessionError, StreamError};
 use proto::wire::HandshakeError;
 use proto::{ReadFrameError, Reason};
 
@@ -28,7 +28,7 @@ pub enum AppError {
         dir: PathBuf,
         /// Why not.
         #[source]
-        source: AgentFilesError,
+        source: Box<AgentFilesError>,
     },
     /// The operator's credential can't be used.
     #[error("load the credential {}", file.display())]
@@ -37,7 +37,7 @@ pub enum AppError {
         file: PathBuf,
         /// Why not.
         #[source]
-        source: CredentialError,
+        source: Box<CredentialError>,
     },
     /// The operator's trust bundle can't be used.
     #[error("load the trust bundle {}", file.display())]
@@ -46,15 +46,15 @@ pub enum AppError {
         file: PathBuf,
         /// Why not.
         #[source]
-        source: BundleError,
+        source: Box<BundleError>,
     },
     /// The credential is somebody else's.
     #[error("the certificate is for {found}, but the configuration says {wanted}")]
     OtherIdentity {
         /// In the certificate.
-        found: Identity,
+        found: String,
         /// In the configuration.
-        wanted: Identity,
+        wanted: String,
     },
     /// Neither a credential nor a way to one.
     #[error(
@@ -73,7 +73,7 @@ pub enum AppError {
         name: String,
         /// Why.
         #[source]
-        source: JoinError,
+        source: Box<JoinError>,
     },
     /// The name is none that servers take.
     #[error("use the agent's name")]
@@ -157,7 +157,10 @@ pub(crate) enum OpenError {
         source: QuicError,
     },
     #[error("open a session with {address}: no answer within {after:?}")]
-    Timeout { address: SocketAddr, after: Duration },
+    Timeout {
+        address: SocketAddr,
+        after: Duration,
+    },
     #[error("open a session with {address}")]
     Control {
         address: SocketAddr,
@@ -170,8 +173,14 @@ pub(crate) enum OpenError {
         #[source]
         source: PeerError,
     },
-    #[error("the server at {address} calls itself {claimed:?} but its certificate says {certified:?}")]
-    OtherServer { address: SocketAddr, claimed: String, certified: String },
+    #[error(
+        "the server at {address} calls itself {claimed:?} but its certificate says {certified:?}"
+    )]
+    OtherServer {
+        address: SocketAddr,
+        claimed: String,
+        certified: String,
+    },
 }
 
 impl OpenError {
@@ -204,9 +213,18 @@ impl OpenError {
     /// What TLS had against it, in words.
     pub(crate) fn tls_failure(&self) -> Option<&'static str> {
         let lost = match self {
-            Self::Quic { source: QuicError::Dial { source, .. }, .. }
-            | Self::Control { source: ControlError::Session(source), .. } => source,
-            Self::Control { source: ControlError::Stream(StreamError::Session(lost)), .. } => lost,
+            Self::Quic {
+                source: QuicError::Dial { source, .. },
+                ..
+            }
+            | Self::Control {
+                source: ControlError::Session(source),
+                ..
+            } => source,
+            Self::Control {
+                source: ControlError::Stream(StreamError::Session(lost)),
+                ..
+            } => lost,
             Self::Control {
                 source: ControlError::Read(ReadFrameError::Stream(StreamError::Session(lost))),
                 ..
@@ -271,5 +289,8 @@ fn of_alert(alert: u8) -> HandshakeFailure {
 
 /// Whether trying again soon is of no use: somebody has to act, at the server or here.
 pub(crate) const fn is_hopeless(reason: Reason) -> bool {
-    matches!(reason, Reason::Revoked | Reason::IdentityMismatch | Reason::Version | Reason::Tls)
+    matches!(
+        reason,
+        Reason::Revoked | Reason::IdentityMismatch | Reason::Version | Reason::Tls
+    )
 }

@@ -30,7 +30,10 @@ impl Files {
 
     fn new(limit: usize) -> Self {
         let most = limit.saturating_sub(SPARE).min(MOST);
-        Self { places: Arc::new(Semaphore::new(most)), most }
+        Self {
+            places: Arc::new(Semaphore::new(most)),
+            most,
+        }
     }
 
     /// A place, if one is left.

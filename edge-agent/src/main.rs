@@ -20,7 +20,11 @@ fn main() -> ExitCode {
         Err(error) => {
             error.print().ok(); // nobody is left to tell
             let failed = error.use_stderr();
-            return if failed { Exit::Usage.into() } else { ExitCode::SUCCESS };
+            return if failed {
+                Exit::Usage.into()
+            } else {
+                ExitCode::SUCCESS
+            };
         }
     };
     // One thread is the fastest here (docs/performance.md) and leaves the others of a small board to the workload.

@@ -31,7 +31,9 @@ impl ReasonLabel {
 
 impl From<Reason> for ReasonLabel {
     fn from(reason: Reason) -> Self {
-        Self { reason: reason.label() }
+        Self {
+            reason: reason.label(),
+        }
     }
 }
 
@@ -43,9 +45,13 @@ pub(crate) struct DirectionLabel {
 
 impl DirectionLabel {
     /// Towards the destination.
-    pub(crate) const UPSTREAM: Self = Self { direction: "upstream" };
+    pub(crate) const UPSTREAM: Self = Self {
+        direction: "upstream",
+    };
     /// Towards the requester.
-    pub(crate) const DOWNSTREAM: Self = Self { direction: "downstream" };
+    pub(crate) const DOWNSTREAM: Self = Self {
+        direction: "downstream",
+    };
 }
 
 /// Whether something was done.
@@ -88,8 +94,16 @@ impl AgentMetrics {
     }
 
     pub(crate) fn register(&self, registry: &mut Metrics, gauges: Gauges) {
-        registry.register("sessions_opened", "Sessions opened", self.sessions_opened.clone());
-        registry.register("session_ends", "Sessions ended, by reason", self.session_ends.clone());
+        registry.register(
+            "sessions_opened",
+            "Sessions opened",
+            self.sessions_opened.clone(),
+        );
+        registry.register(
+            "session_ends",
+            "Sessions ended, by reason",
+            self.session_ends.clone(),
+        );
         registry.register(
             "reconnects",
             "Attempts to reach a server after a failure or an end, by its reason",
@@ -109,7 +123,11 @@ impl AgentMetrics {
             self.dial_seconds.clone(),
         );
         registry.register("reloads", "Reloads, by result", self.reloads.clone());
-        registry.register("renewals", "Certificate renewals, by result", self.renewals.clone());
+        registry.register(
+            "renewals",
+            "Certificate renewals, by result",
+            self.renewals.clone(),
+        );
         registry.register_collector(Box::new(gauges));
     }
 }
@@ -131,21 +149,54 @@ impl Collector for Gauges {
         let streams: usize = sessions.iter().map(|live| live.streams()).sum();
         let stats: Vec<_> = sessions.iter().map(|live| live.stats()).collect();
         let lost: u64 = stats.iter().map(|s| s.lost_packets).sum();
-        let rtt = stats.iter().map(|s| s.rtt.as_secs_f64()).fold(0.0, f64::max);
+        let rtt = stats
+            .iter()
+            .map(|s| s.rtt.as_secs_f64())
+            .fold(0.0, f64::max);
         let mtu = stats.iter().map(|s| s.mtu).min().unwrap_or(0);
         let whole: [(&str, &str, Option<Unit>, i64); 9] = [
-            ("sessions", "Sessions that are up", None, signed(sessions.len())),
-            ("sessions_suspect", "Sessions that are silent", None, signed(suspect)),
-            ("streams_open", "Streams that are open", None, signed(streams)),
-            ("sessions_lost_packets", "Packets lost in the sessions that are up", None, signed(lost)),
-            ("session_mtu", "Smallest path MTU of a session", Some(Unit::Bytes), i64::from(mtu)),
+            (
+                "sessions",
+                "Sessions that are up",
+                None,
+                signed(sessions.len()),
+            ),
+            (
+                "sessions_suspect",
+                "Sessions that are silent",
+                None,
+                signed(suspect),
+            ),
+            (
+                "streams_open",
+                "Streams that are open",
+                None,
+                signed(streams),
+            ),
+            (
+                "sessions_lost_packets",
+                "Packets lost in the sessions that are up",
+                None,
+                signed(lost),
+            ),
+            (
+                "session_mtu",
+                "Smallest path MTU of a session",
+                Some(Unit::Bytes),
+                i64::from(mtu),
+            ),
             (
                 "budget_held",
                 "Most that stopped readers may hold now",
                 Some(Unit::Bytes),
                 signed(self.budget.held()),
             ),
-            ("stream_descriptors", "Descriptors taken by streams", None, signed(self.files.taken())),
+            (
+                "stream_descriptors",
+                "Descriptors taken by streams",
+                None,
+                signed(self.files.taken()),
+            ),
             (
                 "clock_skew",
                 "Server's time minus this host's",
@@ -160,8 +211,7 @@ impl Collector for Gauges {
             ),
         ];
         for (name, help, unit, value) in whole {
-            let metric =
-                encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+            let metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
             ConstGauge::new(value).encode(metric)?;
         }
         let help = "Longest round trip of a session";

@@ -13,15 +13,24 @@ use tokio::time::Instant;
 /// Longest time an answer is used for; also how long a new address may stay unknown.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// The node's own addresses. Clones share what was read.
-#[derive(Debug, Clone)]
+/// The node's own addresses.
+#[derive(Debug)]
 pub(crate) struct OwnAddresses {
-    read: Arc<Mutex<Option<(Instant, Arc<[IpAddr]>)>>>,
+    read: Mutex<Option<Read>>,
+}
+
+/// What the kernel said, and when.
+#[derive(Debug)]
+struct Read {
+    at: Instant,
+    addresses: Arc<[IpAddr]>,
 }
 
 impl OwnAddresses {
     pub(crate) fn new() -> Self {
-        Self { read: Arc::default() }
+        Self {
+            read: Mutex::default(),
+        }
     }
 
     /// The addresses: `configured` first, then the interfaces', IPv4 before IPv6, loopback last.
@@ -37,13 +46,16 @@ impl OwnAddresses {
 
     fn interfaces(&self) -> Arc<[IpAddr]> {
         let mut read = self.read.lock();
-        if let Some((at, addresses)) = &*read
-            && at.elapsed() < FRESH
+        if let Some(last) = &*read
+            && last.at.elapsed() < FRESH
         {
-            return Arc::clone(addresses);
+            return Arc::clone(&last.addresses);
         }
         let addresses: Arc<[IpAddr]> = interface_addresses().into();
-        *read = Some((Instant::now(), Arc::clone(&addresses)));
+        *read = Some(Read {
+            at: Instant::now(),
+            addresses: Arc::clone(&addresses),
+        });
         addresses
     }
 }

@@ -67,23 +67,37 @@ impl Drop for Record {
     fn drop(&mut self) {
         let end = self.end.take().unwrap_or_else(|| {
             // Nobody said how it ended: the task broke, or was cut.
-            let reason =
-                if std::thread::panicking() { Reason::Internal } else { Reason::Cancelled };
+            let reason = if std::thread::panicking() {
+                Reason::Internal
+            } else {
+                Reason::Cancelled
+            };
             Err((reason, String::new()))
         });
         let (label, detail) = match &end {
             Ok(()) => (ReasonLabel::FINISHED, ""),
             Err((reason, detail)) => (ReasonLabel::from(*reason), detail.as_str()),
         };
-        let reason = end.as_ref().map_or_else(|(reason, _)| reason.label(), |()| "finished");
+        let reason = end
+            .as_ref()
+            .map_or_else(|(reason, _)| reason.label(), |()| "finished");
         self.metrics.streams.get_or_create(&label).inc();
         let (down, up) = (self.counters.sent(), self.counters.received());
-        self.metrics.bytes.get_or_create(&DirectionLabel::DOWNSTREAM).inc_by(down);
-        self.metrics.bytes.get_or_create(&DirectionLabel::UPSTREAM).inc_by(up);
+        self.metrics
+            .bytes
+            .get_or_create(&DirectionLabel::DOWNSTREAM)
+            .inc_by(down);
+        self.metrics
+            .bytes
+            .get_or_create(&DirectionLabel::UPSTREAM)
+            .inc_by(up);
         let session = self.session.as_ref().map(|live| live.id());
         let server = self.session.as_ref().map(|live| live.server().as_str());
         let destination = self.destination.as_ref().map(tracing::field::display);
-        let dialled = self.dialled.as_ref().map(|(address, _)| tracing::field::display(address));
+        let dialled = self
+            .dialled
+            .as_ref()
+            .map(|(address, _)| tracing::field::display(address));
         let dial_ms = self.dialled.map(|(_, took)| millis(took));
         let duration_ms = millis(self.started.elapsed());
         let detail = Some(detail).filter(|detail| !detail.is_empty());

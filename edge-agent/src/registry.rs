@@ -35,14 +35,21 @@ pub(crate) struct Entered {
 
 impl Registry {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { sessions: Mutex::default(), changed: watch::Sender::new(0) })
+        Arc::new(Self {
+            sessions: Mutex::default(),
+            changed: watch::Sender::new(0),
+        })
     }
 
     /// Adds a session; older ones of the same server are let go.
     pub(crate) fn enter(self: &Arc<Self>, live: Arc<Live>) -> Entered {
         let mut sessions = self.sessions.lock();
-        let older: Vec<_> =
-            sessions.up.values().filter(|old| old.server() == live.server()).cloned().collect();
+        let older: Vec<_> = sessions
+            .up
+            .values()
+            .filter(|old| old.server() == live.server())
+            .cloned()
+            .collect();
         let key = sessions.next;
         sessions.next += 1;
         sessions.up.insert(key, live);
@@ -52,7 +59,10 @@ impl Registry {
             old.supersede();
         }
         self.changed.send_replace(count);
-        Entered { registry: Arc::clone(self), key }
+        Entered {
+            registry: Arc::clone(self),
+            key,
+        }
     }
 
     /// All sessions, oldest first.
@@ -68,7 +78,13 @@ impl Registry {
     /// Waits until that server has no session.
     pub(crate) async fn vacant(&self, server: &ServerName) {
         let mut changed = self.changed.subscribe();
-        let taken = || self.sessions.lock().up.values().any(|live| live.server() == server);
+        let taken = || {
+            self.sessions
+                .lock()
+                .up
+                .values()
+                .any(|live| live.server() == server)
+        };
         while taken() {
             if changed.changed().await.is_err() {
                 return;

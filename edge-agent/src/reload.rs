@@ -6,14 +6,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use certs::Own;
+use certs::{Credential, Own, TrustBundle};
 use daemon::{Change, LogHandle, Reload, Watch, WatchOptions, chain};
 use tokio::sync::watch;
 
 use crate::candidate::Candidates;
 use crate::config::{self, Config, Overrides};
 use crate::enroll::{Enrolment, Expiry};
-use crate::error::AppError;
 use crate::metrics::{AgentMetrics, ResultLabel};
 use crate::policy::Policy;
 use crate::serve::Serving;
@@ -41,6 +40,7 @@ pub(crate) struct Reloading {
 
 impl Reloading {
     /// Watches the configuration file, for ever.
+    #[expect(clippy::infinite_loop, reason = "ends with its task")]
     pub(crate) async fn run(mut self, options: WatchOptions) {
         let file = self.source.file.clone();
         let mut watch = Watch::new([file], options, self.source.reload.clone());
@@ -52,7 +52,10 @@ impl Reloading {
                     self.metrics.reloads.get_or_create(&ResultLabel::DONE).inc();
                 }
                 Err(error) => {
-                    self.metrics.reloads.get_or_create(&ResultLabel::FAILED).inc();
+                    self.metrics
+                        .reloads
+                        .get_or_create(&ResultLabel::FAILED)
+                        .inc();
                     tracing::error!(error = %chain(&error), "configuration refused, the old one stays");
                 }
             }
@@ -62,7 +65,10 @@ impl Reloading {
     async fn apply(&mut self, new: Config) {
         let fixed = self.config.fixed_differences(&new);
         if !fixed.is_empty() {
-            tracing::warn!(keys = fixed.join(", "), "these keys take effect with the next start");
+            tracing::warn!(
+                keys = fixed.join(", "),
+                "these keys take effect with the next start"
+            );
         }
         self.serving.policy.store(Arc::new(Policy::from(&new)));
         if new.servers != self.config.servers {
@@ -79,38 +85,48 @@ impl Reloading {
     }
 }
 
-/// Watches the operator's credential files, for ever; `renewed` counts.
-pub(crate) async fn credential(
-    enrolment: Enrolment,
-    own: Own,
-    expiry: Expiry,
-    renewed: watch::Sender<u64>,
-    (reload, options): (Reload, WatchOptions),
-) {
-    let Some(files) = enrolment.operators().cloned() else { return std::future::pending().await };
-    let all = [&files.certificate, &files.key, &files.ca].map(Clone::clone);
-    let mut watch = Watch::new(all, options, reload);
-    loop {
-        let _change: Change = watch.changed().await;
-        match enrolment.read(&files) {
-            Ok((credential, bundle)) => {
-                if credential.fingerprint() == own.credential.load().fingerprint() {
-                    own.bundle.replace(bundle);
-                    continue;
+/// The operator's credential files.
+pub(crate) struct Operators {
+    pub(crate) enrolment: Enrolment,
+    pub(crate) own: Own,
+    pub(crate) expiry: Expiry,
+    pub(crate) renewed: watch::Sender<u64>,
+    pub(crate) metrics: AgentMetrics,
+}
+
+impl Operators {
+    /// Watches the files, for ever.
+    #[expect(clippy::infinite_loop, reason = "ends with its task")]
+    pub(crate) async fn run(self, options: WatchOptions, reload: Reload) {
+        let Some(files) = self.enrolment.operators().cloned() else {
+            return;
+        };
+        let all = [&files.certificate, &files.key, &files.ca].map(Clone::clone);
+        let mut watch = Watch::new(all, options, reload);
+        loop {
+            let _change: Change = watch.changed().await;
+            let result = match self.enrolment.read(&files) {
+                Ok((credential, bundle)) => {
+                    self.apply(credential, bundle);
+                    ResultLabel::DONE
                 }
-                tracing::info!(serial = credential.serial(), "credential reloaded");
-                expiry.set(&credential);
-                own.bundle.replace(bundle);
-                own.credential.replace(credential);
-                renewed.send_modify(|count| *count += 1);
-            }
-            // Files of a credential change one after the other.
-            Err(error @ AppError::Credential { .. }) => {
-                tracing::warn!(error = %chain(&error), "credential refused, the old one stays");
-            }
-            Err(error) => {
-                tracing::error!(error = %chain(&error), "credential refused, the old one stays");
-            }
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), "credential refused, the old one stays");
+                    ResultLabel::FAILED
+                }
+            };
+            self.metrics.reloads.get_or_create(&result).inc();
         }
+    }
+
+    fn apply(&self, credential: Credential, bundle: TrustBundle) {
+        self.own.bundle.replace(bundle);
+        if credential.fingerprint() == self.own.credential.load().fingerprint() {
+            return;
+        }
+        tracing::info!(serial = credential.serial(), "credential reloaded");
+        self.expiry.set(&credential);
+        self.own.credential.replace(credential);
+        self.renewed.send_modify(|count| *count += 1);
     }
 }

@@ -50,7 +50,9 @@ pub(crate) struct Resolver {
 
 impl Resolver {
     pub(crate) fn new() -> Self {
-        Self { places: Arc::new(Semaphore::new(LOOKUPS)) }
+        Self {
+            places: Arc::new(Semaphore::new(LOOKUPS)),
+        }
     }
 
     /// The addresses of the destination, in the resolver's order (RFC 6724), without duplicates.
@@ -66,8 +68,14 @@ impl Resolver {
         let lookup = self.lookup(name.clone(), destination.port);
         let found = tokio::time::timeout(limit, lookup)
             .await
-            .map_err(|_elapsed| ResolveError::Timeout { name: name.clone(), limit })?
-            .map_err(|source| ResolveError::Failed { name: name.clone(), source })?;
+            .map_err(|_elapsed| ResolveError::Timeout {
+                name: name.clone(),
+                limit,
+            })?
+            .map_err(|source| ResolveError::Failed {
+                name: name.clone(),
+                source,
+            })?;
         let mut addresses: Vec<SocketAddr> = Vec::new();
         for address in found {
             let address = canonical(address);
@@ -75,14 +83,23 @@ impl Resolver {
                 addresses.push(address);
             }
         }
-        if addresses.is_empty() { Err(ResolveError::Empty { name }) } else { Ok(addresses) }
+        if addresses.is_empty() {
+            Err(ResolveError::Empty { name })
+        } else {
+            Ok(addresses)
+        }
     }
 
     async fn lookup(&self, name: String, port: u16) -> io::Result<Vec<SocketAddr>> {
-        let place = Arc::clone(&self.places).acquire_owned().await.map_err(io::Error::other)?;
+        let place = Arc::clone(&self.places)
+            .acquire_owned()
+            .await
+            .map_err(io::Error::other)?;
         let found = tokio::task::spawn_blocking(move || {
             let _place = place; // held for as long as the thread is
-            (name.as_str(), port).to_socket_addrs().map(Iterator::collect)
+            (name.as_str(), port)
+                .to_socket_addrs()
+                .map(Iterator::collect)
         });
         found.await.map_err(io::Error::other)?
     }
@@ -106,8 +123,17 @@ mod tests {
     async fn addresses_need_no_resolver_and_names_do() {
         let resolver = Resolver::new();
         let at = async |text: &str| resolver.resolve(&text.parse().unwrap(), LIMIT).await;
-        assert_eq!(at("10.0.0.1:80").await.unwrap(), ["10.0.0.1:80".parse().unwrap()]);
-        assert!(at("localhost:80").await.unwrap().iter().all(|a| a.ip().is_loopback()));
+        assert_eq!(
+            at("10.0.0.1:80").await.unwrap(),
+            ["10.0.0.1:80".parse().unwrap()]
+        );
+        assert!(
+            at("localhost:80")
+                .await
+                .unwrap()
+                .iter()
+                .all(|a| a.ip().is_loopback())
+        );
         let unknown = at("no-such-host.invalid:80").await.unwrap_err();
         assert_eq!(unknown.reason(), Reason::Resolve);
     }
@@ -115,8 +141,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_lookup_that_finds_no_place_ends_in_time() {
         let resolver = Resolver::new();
-        let _taken = resolver.places.acquire_many(LOOKUPS as u32).await.unwrap();
-        let ended = resolver.resolve(&"localhost:80".parse().unwrap(), LIMIT).await;
-        assert!(matches!(ended, Err(ResolveError::Timeout { .. })), "{ended:?}");
+        let places = u32::try_from(LOOKUPS).unwrap();
+        let _taken = resolver.places.acquire_many(places).await.unwrap();
+        let ended = resolver
+            .resolve(&"localhost:80".parse().unwrap(), LIMIT)
+            .await;
+        assert!(
+            matches!(ended, Err(ResolveError::Timeout { .. })),
+            "{ended:?}"
+        );
     }
 }

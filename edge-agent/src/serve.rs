@@ -10,7 +10,9 @@ use bytes::{Bytes, BytesMut};
 use daemon::chain;
 use proto::transport::{RecvHalf, SendHalf};
 use proto::wire::{StreamHeader, StreamReply, encode, pb};
-use proto::{Budget, Early, FrameReader, Host, Local, Reason, Relay, RelayEnd, read_frame_within, relay};
+use proto::{
+    Budget, Early, FrameReader, Host, Local, Reason, Relay, RelayEnd, read_frame_within, relay,
+};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -99,7 +101,14 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
                 dial::abort(&stream);
                 return;
             }
-            let end = run(&serving, &record, (&mut send, &mut recv), &mut stream, early.freeze()).await;
+            let end = run(
+                &serving,
+                &record,
+                (&mut send, &mut recv),
+                &mut stream,
+                early.freeze(),
+            )
+            .await;
             if let RelayEnd::Cut(_) = end {
                 dial::abort(&stream);
             }
@@ -113,7 +122,9 @@ async fn gone<R: RecvHalf>(recv: &mut R, early: &mut BytesMut) -> Reason {
     while early.len() < EARLY {
         let mut chunk = [Bytes::new()];
         match recv.read_chunks(&mut chunk).await {
-            Ok(Some(_)) => chunk.iter().for_each(|chunk| early.extend_from_slice(chunk)),
+            Ok(Some(_)) => chunk
+                .iter()
+                .for_each(|chunk| early.extend_from_slice(chunk)),
             // Half-closed before the dial is done: the relay passes it on.
             Ok(None) => break,
             Err(error) => return error.reason(),
@@ -132,11 +143,16 @@ async fn reach(
         return Err((Reason::Draining, "the agent is stopping".to_owned()));
     }
     let asked = Some(header.deadline).filter(|deadline| !deadline.is_zero());
-    let limit = asked.unwrap_or(serving.timeouts.dial).min(serving.timeouts.dial);
+    let limit = asked
+        .unwrap_or(serving.timeouts.dial)
+        .min(serving.timeouts.dial);
     let started = Instant::now();
     let targets = targets(serving, header, limit).await?;
     let permit = serving.files.take().ok_or_else(|| {
-        (Reason::FilesExhausted, "the agent's open files are near their limit".to_owned())
+        (
+            Reason::FilesExhausted,
+            "the agent's open files are near their limit".to_owned(),
+        )
     })?;
     let (stream, address) = dial(&targets, started + limit)
         .await
@@ -197,7 +213,10 @@ async fn run<S: SendHalf, R: RecvHalf>(
         half_open: serving.timeouts.half_open,
         counters: record.counters(),
     };
-    let early = Early { from_tunnel: early, from_local: Bytes::new() };
+    let early = Early {
+        from_tunnel: early,
+        from_local: Bytes::new(),
+    };
     let stop = async {
         serving.cut.cancelled().await;
         Reason::Draining

@@ -3,32 +3,32 @@
 //! A session is left in one of four ways: it ends (line, server); the server says GoAway and closes it later; a newer
 //! session takes over and this one runs out; or its certificate ended an hour ago.
 
+mod open;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use certs::{Own, SERVER_SNI, UnixTime};
+use certs::{Own, UnixTime};
 use daemon::Tasks;
-use proto::control::{Control, ControlHandle, GoAway, HANDSHAKE, Liveness};
+pub(crate) use open::open;
+use proto::control::{Control, ControlHandle, GoAway, Liveness};
 use proto::transport::keepalive::{Keepalive, Verdict};
-use proto::transport::quic::{Endpoint, QuicSession, Tuning};
+use proto::transport::quic::{QuicSession, Tuning};
 use proto::transport::{Session, SessionError, SessionStats};
 use proto::wire::{Accepted, Offer};
 use proto::{Reason, ServerName};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::backoff;
-use crate::error::OpenError;
 use crate::metrics::AgentMetrics;
 use crate::registry::Registry;
 use crate::serve::{Serving, serve};
 
 /// How long a session may outlive its certificate: long sessions end in peace, stolen keys do not last.
 const AFTERLIFE: Duration = Duration::from_secs(3600);
-/// A server's time that differs by more is worth a warning.
-const SKEW_WARNING: u64 = 60;
 /// What a server gets beyond the deadline it named, before this end closes.
 const LATE: Duration = Duration::from_secs(5);
 
@@ -82,58 +82,6 @@ pub(crate) struct Live {
     phase: watch::Sender<Phase>,
 }
 
-/// Opens a session with the server at `address` and runs it in a task of its own.
-pub(crate) async fn open(terms: &Arc<Terms>, address: SocketAddr) -> Result<Arc<Live>, OpenError> {
-    let expires = terms.own.credential.load().not_after();
-    let dial = Endpoint::dial(address, SERVER_SNI, Arc::clone(&terms.tls), terms.tuning);
-    let session = timeout(HANDSHAKE, dial)
-        .await
-        .map_err(|_elapsed| OpenError::Timeout { address, after: HANDSHAKE })?
-        .map_err(|source| OpenError::Quic { address, source })?;
-    let server = certs::peer(&session.peer_certificates())
-        .map_err(|source| OpenError::Peer { address, source })?;
-    let (control, accepted) = Control::dial(session.clone(), &terms.offer)
-        .await
-        .map_err(|source| OpenError::Control { address, source })?;
-    if accepted.peer.as_str() != server.identity.name.as_str() {
-        session.close(Reason::IdentityMismatch);
-        let (claimed, certified) = (accepted.peer.to_string(), server.identity.name.to_string());
-        return Err(OpenError::OtherServer { address, claimed, certified });
-    }
-    observe_time(&terms.own, accepted.server_time_ms, &server);
-    let now = terms.own.clock.now();
-    let live = Arc::new(Live {
-        control: control.handle(),
-        liveness: Liveness::new(terms.keepalive),
-        accepted,
-        since: now,
-        started: Instant::now(),
-        expires_in: Duration::from_secs(expires.as_secs().saturating_sub(now.as_secs())),
-        served: AtomicU64::new(0),
-        streams: watch::Sender::new(0),
-        phase: watch::Sender::new(Phase::Up),
-        session,
-    });
-    terms.metrics.sessions_opened.inc();
-    tracing::info!(
-        server = %live.server(), session = live.id(), remote = %address,
-        version = live.software(), "session up"
-    );
-    let run = run(Arc::clone(terms), control, Arc::clone(&live));
-    terms.sessions.spawn("session", run);
-    Ok(live)
-}
-
-/// Believed only now, as the server has proved who it is.
-fn observe_time(own: &Own, server_time_ms: i64, server: &certs::Peer) {
-    let Ok(millis) = u64::try_from(server_time_ms) else { return };
-    let told = UnixTime::since_unix_epoch(Duration::from_millis(millis));
-    let skew_seconds = own.clock.observe(told, server);
-    if skew_seconds.unsigned_abs() > SKEW_WARNING {
-        tracing::warn!(skew_seconds, "this host's clock differs from the server's");
-    }
-}
-
 async fn run(terms: Arc<Terms>, control: Control<QuicSession>, live: Arc<Live>) {
     let _entered = terms.registry.enter(Arc::clone(&live));
     let end = tokio::select! {
@@ -147,16 +95,22 @@ async fn run(terms: Arc<Terms>, control: Control<QuicSession>, live: Arc<Live>) 
     };
     let reason = end.reason();
     let useful = live.is_useful();
-    terms.metrics.session_ends.get_or_create(&reason.into()).inc();
+    terms
+        .metrics
+        .session_ends
+        .get_or_create(&reason.into())
+        .inc();
     tracing::info!(
         server = %live.server(), session = live.id(), %reason, error = %end,
         streams = live.served.load(Ordering::Relaxed),
         lasted_s = live.started.elapsed().as_secs(), "session over"
     );
-    live.phase.send_replace(Phase::Ended(End { reason, useful }));
+    live.phase
+        .send_replace(Phase::Ended(End { reason, useful }));
 }
 
 /// Serves the streams that the server opens, each in a task of its own. The transport bounds how many there are.
+#[expect(clippy::infinite_loop, reason = "ends with its session")]
 async fn accept(terms: &Arc<Terms>, live: &Arc<Live>) -> std::convert::Infallible {
     loop {
         let Ok(halves) = live.session.accept().await else {
@@ -186,7 +140,9 @@ impl OpenStream {
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        self.0.streams.send_modify(|open| *open = open.saturating_sub(1));
+        self.0
+            .streams
+            .send_modify(|open| *open = open.saturating_sub(1));
     }
 }
 
@@ -243,7 +199,10 @@ impl Live {
     }
 
     fn is_useful(&self) -> bool {
-        let heard_after = self.started.elapsed().saturating_sub(self.liveness.silence());
+        let heard_after = self
+            .started
+            .elapsed()
+            .saturating_sub(self.liveness.silence());
         backoff::is_useful(self.served.load(Ordering::Relaxed), heard_after)
     }
 
@@ -276,7 +235,12 @@ impl Live {
     /// Tells the server that this end stops.
     pub(crate) fn go_away(&self, reason: Reason, deadline: Duration) {
         let detail = String::new();
-        self.control.go_away(GoAway { reason, deadline, retry_after: Duration::ZERO, detail });
+        self.control.go_away(GoAway {
+            reason,
+            deadline,
+            retry_after: Duration::ZERO,
+            detail,
+        });
     }
 
     /// Ends it with all its streams.

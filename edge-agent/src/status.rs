@@ -59,7 +59,9 @@ impl SessionStatus {
 /// RFC 3339, in UTC.
 pub(crate) fn timestamp(time: UnixTime) -> String {
     let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
-    jiff::Timestamp::from_second(seconds).unwrap_or(jiff::Timestamp::MAX).to_string()
+    jiff::Timestamp::from_second(seconds)
+        .unwrap_or(jiff::Timestamp::MAX)
+        .to_string()
 }
 
 /// The sessions as a table for people.
@@ -68,7 +70,9 @@ pub fn table(sessions: &[SessionStatus]) -> String {
     if sessions.is_empty() {
         return "no session\n".to_owned();
     }
-    let head = ["SERVER", "REMOTE", "SESSION", "RTT", "STREAMS", "IN", "OUT", "SINCE", "VERSION", ""];
+    let head = [
+        "SERVER", "REMOTE", "SESSION", "RTT", "STREAMS", "IN", "OUT", "SINCE", "VERSION", "",
+    ];
     let rows = sessions.iter().map(|s| {
         let suspect = if s.suspect { "silent" } else { "" };
         [
@@ -84,7 +88,9 @@ pub fn table(sessions: &[SessionStatus]) -> String {
             suspect.to_owned(),
         ]
     });
-    let rows: Vec<_> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
+    let rows: Vec<_> = std::iter::once(head.map(str::to_owned))
+        .chain(rows)
+        .collect();
     let mut widths = [0; 10];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -120,16 +126,24 @@ mod tests {
             streams: 3,
             bytes_in: 1,
             bytes_out: 2,
-            since: timestamp(UnixTime::since_unix_epoch(std::time::Duration::from_secs(1_800_000_000))),
+            since: timestamp(UnixTime::since_unix_epoch(std::time::Duration::from_secs(
+                1_800_000_000,
+            ))),
             version: "proxy-server 0.1.0".into(),
             suspect: true,
         };
         let shown = table(std::slice::from_ref(&session));
         let lines: Vec<_> = shown.lines().collect();
         assert!(lines[0].starts_with("SERVER   REMOTE "), "{shown}");
-        assert!(lines[1].contains("203.0.113.10:8443") && lines[1].ends_with("silent"), "{shown}");
+        assert!(
+            lines[1].contains("203.0.113.10:8443") && lines[1].ends_with("silent"),
+            "{shown}"
+        );
         assert!(lines[1].contains("2027-01-15T08:00:00Z"), "{shown}");
         let json = serde_json::to_string(&session).unwrap();
-        assert_eq!(serde_json::from_str::<SessionStatus>(&json).unwrap(), session);
+        assert_eq!(
+            serde_json::from_str::<SessionStatus>(&json).unwrap(),
+            session
+        );
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | destination | route |
 //! | --- | --- |
-//! | name in `routes` | that entry's agent |
+//! | name in `routes` | that entry's agent; it dials the entry's address, if it has one and is another machine |
 //! | name of a known agent (it enrolled, or has or had a session) | that agent |
 //! | address in `routes`, the most specific entry first | its agent; two agents at the same length: refused, both named |
 //! | anything else | not at the edge: the frontend's own default |
@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use proto::{AgentName, Destination, Host, Reason};
 
-use crate::config::RouteEntry;
+use crate::config::{Cidr, RouteEntry};
 use crate::error::Refusal;
 
 /// Where a destination is.
@@ -25,6 +25,8 @@ pub enum Route {
         agent: AgentName,
         /// The node's name.
         node: String,
+        /// What the agent dials in place of that name: the node is another machine than the agent's.
+        address: Option<IpAddr>,
     },
     /// Not at the edge.
     Elsewhere,
@@ -33,7 +35,7 @@ pub enum Route {
 /// The table.
 #[derive(Debug, Default, Clone)]
 pub struct RouteTable {
-    names: HashMap<String, AgentName>,
+    names: HashMap<String, (AgentName, Option<IpAddr>)>,
     /// Longest prefix first.
     nets: Vec<(IpNet, String, AgentName)>,
 }
@@ -48,7 +50,11 @@ impl RouteTable {
             for cidr in &entry.addresses {
                 table.nets.push((cidr.0, entry.node.clone(), agent.clone()));
             }
-            table.names.insert(entry.node.clone(), agent);
+            let whole = |cidr: &&Cidr| cidr.0.prefix_len() == cidr.0.max_prefix_len();
+            let address = (entry.node != agent.as_str())
+                .then(|| entry.addresses.iter().find(whole).map(|cidr| cidr.0.addr()))
+                .flatten();
+            table.names.insert(entry.node.clone(), (agent, address));
         }
         table.nets.sort_by_key(|(net, ..)| std::cmp::Reverse(net.prefix_len()));
         table
@@ -70,11 +76,13 @@ impl RouteTable {
     }
 
     fn by_name(&self, name: &str, known: impl Fn(&AgentName) -> bool) -> Route {
-        if let Some(agent) = self.names.get(name) {
-            return Route::Edge { agent: agent.clone(), node: name.to_owned() };
+        if let Some((agent, address)) = self.names.get(name) {
+            return Route::Edge { agent: agent.clone(), node: name.to_owned(), address: *address };
         }
         match name.parse::<AgentName>() {
-            Ok(agent) if known(&agent) => Route::Edge { node: name.to_owned(), agent },
+            Ok(agent) if known(&agent) => {
+                Route::Edge { node: name.to_owned(), agent, address: None }
+            }
             Ok(_) | Err(_) => Route::Elsewhere,
         }
     }
@@ -88,7 +96,7 @@ impl RouteTable {
             .map(|(_, node, _)| node.as_str())
             .collect();
         if rivals.is_empty() {
-            return Ok(Route::Edge { agent: agent.clone(), node: node.clone() });
+            return Ok(Route::Edge { agent: agent.clone(), node: node.clone(), address: None });
         }
         let names: BTreeSet<&str> = rivals.into_iter().chain([node.as_str()]).collect();
         let names = names.into_iter().collect::<Vec<_>>().join(" and ");
@@ -102,7 +110,6 @@ impl RouteTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Cidr;
 
     fn entry(node: &str, agent: Option<&str>, addresses: &[&str]) -> RouteEntry {
         let cidr = |a: &&str| Cidr::try_from((*a).to_owned()).unwrap();
@@ -128,7 +135,15 @@ mod tests {
     }
 
     fn edge(node: &str, agent: &str) -> Route {
-        Route::Edge { agent: agent.parse().unwrap(), node: node.into() }
+        Route::Edge { agent: agent.parse().unwrap(), node: node.into(), address: None }
+    }
+
+    #[test]
+    fn a_node_behind_another_machines_agent_is_dialled_by_its_address() {
+        let Route::Edge { agent, address, .. } = route("lathe:10250").unwrap() else { panic!() };
+        assert_eq!((agent.as_str(), address), ("site-a", Some("10.9.0.7".parse().unwrap())));
+        let Route::Edge { address, .. } = route("edge1:10250").unwrap() else { panic!() };
+        assert_eq!(address, None, "an agent knows its own node");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use proto::transport::tcp::{self, TcpRecv, TcpSend};
 use proto::transport::{SendHalf, Session};
 use proto::wire::{StreamHeader, StreamReply, encode, pb};
 use proto::{
-    AgentName, Budget, Destination, Early, FrameReader, Local, Reason, Relay, RelayEnd,
+    AgentName, Budget, Destination, Early, FrameReader, Host, Local, Reason, Relay, RelayEnd,
     read_frame_within, relay,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -163,11 +163,13 @@ impl Forwarder {
         let enrolled = self.routing.enrolled.load();
         let known = |agent: &AgentName| enrolled.contains(agent) || self.registry.knows(agent);
         match self.routing.table.load().route(destination, known)? {
-            Route::Edge { agent, node } => {
+            Route::Edge { agent, node, address } => {
                 record.path = Path::Tunnel;
                 record.node.clone_from(&node);
+                let host = address.map_or_else(|| destination.host.clone(), Host::Ip);
+                let dialled = Destination { host, port: destination.port };
                 let (halves, early) =
-                    self.through_tunnel(&agent, &node, destination, deadline, record).await?;
+                    self.through_tunnel(&agent, &node, &dialled, deadline, record).await?;
                 Ok((halves, early, permit))
             }
             Route::Elsewhere => match elsewhere {
@@ -261,6 +263,8 @@ async fn open_on(
 ) -> Result<(Halves, Bytes), Attempt> {
     let subject = subject(&session.agent, node);
     let lost = |reason: Reason, detail: String| {
+        // Only a requester cancels; an agent owes a reply to each header.
+        let reason = if reason == Reason::Cancelled { Reason::Protocol } else { reason };
         let refusal = Refusal::detailed(&subject, reason, &detail);
         if reason == Reason::Timeout { Attempt::Final(refusal) } else { Attempt::Lost(refusal) }
     };

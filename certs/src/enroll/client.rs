@@ -1,16 +1,14 @@
 //! The agent's side: one connection, one request, and what came back kept on disk.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll};
 use std::time::Duration;
-use std::{io, pin};
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls_pki_types::{ServerName, UnixTime};
 use secrecy::ExposeSecret as _;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -18,19 +16,21 @@ use tokio_rustls::client::TlsStream;
 use tonic::Status;
 
 use super::MAX_MESSAGE;
+use super::error::EnrollError;
 use super::executor::executor;
 use super::files::AgentFiles;
 use super::pb::enrollment_client::EnrollmentClient;
 use super::pb::{self, CertificateResponse};
 use super::reason::Refusal;
-use crate::bundle::{BundleError, Pin, TrustBundle, certificates};
+use super::watched::Watched;
+use crate::bundle::{Pin, TrustBundle, certificates};
 use crate::clock::{Clock, from_secs};
-use crate::credential::{Credential, CredentialError, Key, KeyError, next_key_path};
-use crate::csr::{Csr, CsrError};
+use crate::credential::{Credential, Key, next_key_path};
+use crate::csr::Csr;
 use crate::failure::HandshakeFailure;
 use crate::identity::{Identity, Name, Role, SERVER_SNI, TrustDomain};
 use crate::store::{self, StoreError};
-use crate::tls_config::{self, Own, TlsConfigError};
+use crate::tls_config::{self, Own};
 use crate::token::JoinToken;
 use crate::verify::{Peer, PeerError, tls_peer};
 
@@ -40,159 +40,6 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// For request and answer: the server's own 10 s and the way.
 const REQUEST_TIME: Duration = Duration::from_secs(15);
-
-/// No certificate was given, or it could not be used.
-#[derive(Debug, thiserror::Error)]
-pub enum EnrollError {
-    /// Unknown, or mistyped.
-    #[error("the join token is wrong: the server knows no such token")]
-    WrongToken,
-    /// Make another one.
-    #[error("the join token has expired; make a new one with `proxy-server token create`")]
-    TokenExpired,
-    /// Make another one.
-    #[error("the join token is used up; make a new one with `proxy-server token create`")]
-    TokenUsedUp,
-    /// Its pattern is another.
-    #[error("the join token is not for an agent of this name")]
-    NameNotAllowed,
-    /// By the operator; `proxy-server agent allow` takes it back.
-    #[error("this agent is revoked")]
-    Revoked,
-    /// Off for longer than the grace: a new join token is needed.
-    #[error(
-        "this agent's certificate expired too long ago to be renewed; enrol again with a new join token"
-    )]
-    TooLate,
-    /// Ask later.
-    #[error("the server is asked too often; it may be asked again in {} s", after.as_secs())]
-    RateLimited {
-        /// When to ask again.
-        after: Duration,
-    },
-    /// Another server, or a wrong pin in the configuration.
-    #[error("the server's authority does not have the pinned key")]
-    PinMismatch,
-    /// One of the clocks is wrong.
-    #[error(
-        "the server's certificate is not valid at this host's time; check the clock of both hosts"
-    )]
-    Clock,
-    /// TLS failed otherwise.
-    #[error("the TLS handshake with {server} failed: {}", failure.sentence())]
-    Handshake {
-        /// Which server.
-        server: SocketAddr,
-        /// Why.
-        failure: HandshakeFailure,
-    },
-    /// No connection.
-    #[error("connect to {server}")]
-    Unreachable {
-        /// Which server.
-        server: SocketAddr,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// No answer in time.
-    #[error("no answer from {server} in time while {doing}")]
-    Timeout {
-        /// Which server.
-        server: SocketAddr,
-        /// What was waited for.
-        doing: &'static str,
-    },
-    /// The server can't certify at the moment.
-    #[error("the server cannot certify at the moment")]
-    Unavailable,
-    /// The server finds the request malformed: of another version, or a fault.
-    #[error("the server does not understand the request")]
-    BadRequest,
-    /// HTTP/2 or gRPC broke.
-    #[error("ask {server} for a certificate")]
-    Http {
-        /// Which server.
-        server: SocketAddr,
-        /// What broke.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// The certificate that was sent is unusable.
-    #[error("use the certificate that the server sent")]
-    Credential(#[source] CredentialError),
-    /// The certificate that was sent is somebody else's.
-    #[error("the server sent a certificate for {0}")]
-    OtherIdentity(Identity),
-    /// The roots that were sent are unusable.
-    #[error("use the trust bundle that the server sent")]
-    Bundle(#[source] BundleError),
-    /// The roots that were sent don't vouch for the server that sent them.
-    #[error("the trust bundle that the server sent lacks the pinned authority")]
-    BundleWithoutPin,
-    /// The PEM that was sent is broken.
-    #[error("read the certificate that the server sent")]
-    Pem(#[source] rustls_pki_types::pem::Error),
-    /// The server says not who it is.
-    #[error("read the server's identity")]
-    Peer(#[from] PeerError),
-    /// No key could be made.
-    #[error("make a key")]
-    Key(#[source] KeyError),
-    /// No request could be made.
-    #[error("make a signing request")]
-    Csr(#[from] CsrError),
-    /// No TLS configuration could be made.
-    #[error("prepare TLS")]
-    Tls(#[from] TlsConfigError),
-    /// The state directory can't be written; nothing was asked for, so no use of the token is lost.
-    #[error("prepare the state directory")]
-    Store(#[from] StoreError),
-}
-
-impl From<KeyError> for EnrollError {
-    fn from(error: KeyError) -> Self {
-        if let KeyError::Store(error) = error {
-            Self::Store(error)
-        } else {
-            Self::Key(error)
-        }
-    }
-}
-
-impl EnrollError {
-    /// Whether asking again with the same token and configuration is of no use.
-    #[must_use]
-    pub const fn is_final(&self) -> bool {
-        match self {
-            Self::WrongToken
-            | Self::TokenExpired
-            | Self::TokenUsedUp
-            | Self::NameNotAllowed
-            | Self::Revoked
-            | Self::TooLate
-            | Self::PinMismatch
-            | Self::BadRequest
-            | Self::Tls(_) => true,
-            Self::RateLimited { .. }
-            | Self::Clock
-            | Self::Handshake { .. }
-            | Self::Unreachable { .. }
-            | Self::Timeout { .. }
-            | Self::Unavailable
-            | Self::Http { .. }
-            | Self::Credential(_)
-            | Self::OtherIdentity(_)
-            | Self::Bundle(_)
-            | Self::BundleWithoutPin
-            | Self::Pem(_)
-            | Self::Peer(_)
-            | Self::Key(_)
-            | Self::Csr(_)
-            | Self::Store(_) => false,
-        }
-    }
-}
 
 /// What a first enrolment needs.
 #[derive(Debug, Clone, Copy)]
@@ -349,14 +196,8 @@ async fn exchange(
 ) -> Result<(CertificateResponse, Peer), EnrollError> {
     let stream = connect(server, tls).await?;
     let peer = tls_peer(stream.get_ref().1)?.ok_or(PeerError::NoCertificate)?;
-    // In TLS 1.3 a server that refuses our certificate says so only after the handshake, in the first
-    // read; HTTP/2 doesn't hand that error on by type.
     let refused = Arc::new(OnceLock::new());
-    let stream = Watched {
-        inner: stream,
-        failure: Arc::clone(&refused),
-        broken: None,
-    };
+    let stream = Watched::new(stream, Arc::clone(&refused));
     let (executor, mut tasks) = executor();
     let work = timeout(REQUEST_TIME, request(stream, executor, call));
     let done = tokio::select! {
@@ -492,90 +333,4 @@ async fn request(
     ask.await
         .map(tonic::Response::into_inner)
         .map_err(Failed::Status)
-}
-
-/// A stream that remembers why it failed.
-///
-/// A server that refuses our certificate sends its alert and closes. Our next write may fail before that
-/// alert was read; a write that fails is therefore held back until what the server sent is read.
-struct Watched {
-    inner: TlsStream<TcpStream>,
-    failure: Arc<OnceLock<HandshakeFailure>>,
-    broken: Option<io::Error>,
-}
-
-impl Watched {
-    fn note(&self, error: &io::Error) {
-        self.failure.get_or_init(|| HandshakeFailure::of(error));
-    }
-
-    /// Reads to the end, then hands the error of the write on. Never longer than the request's time.
-    fn poll_broken<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        loop {
-            let mut scratch = [0; 256];
-            let mut scratch = ReadBuf::new(&mut scratch);
-            match pin::Pin::new(&mut self.inner).poll_read(cx, &mut scratch) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(error)) => {
-                    self.note(&error);
-                    break;
-                }
-                Poll::Ready(Ok(())) if scratch.filled().is_empty() => break,
-                Poll::Ready(Ok(())) => {}
-            }
-        }
-        let error = self
-            .broken
-            .as_ref()
-            .map_or(io::ErrorKind::BrokenPipe, io::Error::kind);
-        Poll::Ready(Err(error.into()))
-    }
-
-    /// Does what writes, unless a write failed before.
-    fn poll_unless_broken<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        write: impl FnOnce(pin::Pin<&mut TlsStream<TcpStream>>, &mut Context<'_>) -> Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if self.broken.is_none() {
-            let polled = write(pin::Pin::new(&mut self.inner), cx);
-            let Poll::Ready(Err(error)) = polled else {
-                return polled;
-            };
-            self.broken = Some(error);
-        }
-        self.poll_broken(cx)
-    }
-}
-
-impl AsyncRead for Watched {
-    fn poll_read(
-        mut self: pin::Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let polled = pin::Pin::new(&mut self.inner).poll_read(cx, buffer);
-        if let Poll::Ready(Err(error)) = &polled {
-            self.note(error);
-        }
-        polled
-    }
-}
-
-impl AsyncWrite for Watched {
-    fn poll_write(
-        mut self: pin::Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_unless_broken(cx, |stream, cx| stream.poll_write(cx, bytes))
-    }
-
-    fn poll_flush(mut self: pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_unless_broken(cx, |stream, cx| stream.poll_flush(cx))
-    }
-
-    fn poll_shutdown(mut self: pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        pin::Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
 }

@@ -4,14 +4,21 @@
 use anyhow::{Result, bail, ensure};
 use aws_lc_rs::digest::{Context, SHA256, digest};
 
-/// Makes a line 100 bytes long (without its end) for node names of five letters.
-const FILL: &str =
-    "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly at";
+/// Lines are long, since a line costs more on its way through containerd and kubelet than its bytes do.
+const FILL: &str = "the quick brown fox jumps over the lazy dog ";
+const FILLS: usize = 11;
+/// Length of a line of a node whose name has five letters, with its end.
+pub const LINE: usize = 500;
 
 /// Line `number` of a node, without its end: what [`awk`] prints in a container.
 #[must_use]
 pub fn line(node: &str, number: u64) -> String {
-    format!("{number:08} {node} {FILL}")
+    format!("{number:08} {}", rest(node))
+}
+
+/// What follows the number and a blank.
+pub(super) fn rest(node: &str) -> String {
+    format!("{node} {}", FILL.repeat(FILLS))
 }
 
 /// Lines 0 to `count` of a node as text.
@@ -23,7 +30,8 @@ pub fn lines(node: &str, count: u64) -> String {
 /// A shell command that prints lines 0 to `count` of a node.
 #[must_use]
 pub fn awk(node: &str, count: u64) -> String {
-    format!("awk 'BEGIN {{ for (i = 0; i < {count}; i++) printf \"%08d {node} {FILL}\\n\", i }}'")
+    let rest = rest(node);
+    format!("awk 'BEGIN {{ for (i = 0; i < {count}; i++) printf \"%08d {rest}\\n\", i }}'")
 }
 
 /// `length` bytes that look random and follow from `seed` (xorshift64*).
@@ -64,14 +72,21 @@ impl LineCheck {
     /// For lines of a node from number 0 on.
     #[must_use]
     pub fn new(node: &str) -> Self {
-        Self { node: node.to_owned(), next: 0, rest: Vec::new(), broken: None }
+        Self {
+            node: node.to_owned(),
+            next: 0,
+            rest: Vec::new(),
+            broken: None,
+        }
     }
 
     /// Takes the next bytes.
     pub fn feed(&mut self, bytes: &[u8]) {
         for part in bytes.split_inclusive(|&byte| byte == b'\n') {
             self.rest.extend_from_slice(part);
-            let Some(found) = self.rest.strip_suffix(b"\n") else { return };
+            let Some(found) = self.rest.strip_suffix(b"\n") else {
+                return;
+            };
             let wanted = line(&self.node, self.next);
             if self.broken.is_none() && found != wanted.as_bytes() {
                 let found = String::from_utf8_lossy(found);
@@ -137,8 +152,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_a_hundred_bytes_and_its_end() {
-        assert_eq!(lines("edge1", 3).len(), 3 * 101);
+    fn lines_have_the_length_they_are_said_to_have() {
+        assert_eq!(lines("edge1", 3).len(), 3 * LINE);
     }
 
     #[test]

@@ -10,14 +10,18 @@ use serde_json::{Value, json};
 
 use super::kubectl::Kubectl;
 use super::pki::{Leaf, Pki};
+use super::steps::until;
 use crate::net::Host;
 use crate::process::{Process, Spawn};
-use crate::wait;
 
 /// The cloud's public address: edges know kube-apiserver by it.
 pub(super) const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 /// Seven seconds on an idle machine of two cores; much more on one that is building something.
 const READY: Duration = Duration::from_secs(120);
+
+/// kube-apiserver's own `/etc/hosts`. For `nodes/NAME/proxy` it looks the name up, before it asks the egress selector for a
+/// connection to the name, and refuses loopback addresses and names that it does not find. What it finds is not used.
+const HOSTS: &str = "127.0.0.1 localhost\n192.168.1.10 edge1 edge2 ghost\n";
 
 /// How kube-apiserver reaches what it calls `cluster`: kubelets, above all.
 #[derive(Clone, Debug)]
@@ -37,7 +41,10 @@ impl Egress {
     /// The EgressSelectorConfiguration.
     fn config(&self) -> Value {
         let transport = match self {
-            Self::Tls { url, files: [ca, certificate, key] } => json!({"tcp": {
+            Self::Tls {
+                url,
+                files: [ca, certificate, key],
+            } => json!({"tcp": {
                 "url": url,
                 "tlsConfig": {"caBundle": ca, "clientCert": certificate, "clientKey": key},
             }}),
@@ -86,11 +93,23 @@ impl ControlPlane {
             file: "apiserver",
             user: "kube-apiserver",
             dns: &["localhost", "kubernetes", "kubernetes.default.svc"],
-            ips: &[Ipv4Addr::LOCALHOST.into(), PUBLIC.into(), Ipv4Addr::new(10, 96, 0, 1).into()],
+            ips: &[
+                Ipv4Addr::LOCALHOST.into(),
+                PUBLIC.into(),
+                Ipv4Addr::new(10, 96, 0, 1).into(),
+            ],
             ..Leaf::default()
         })?;
-        for (file, user) in [("kubelet-client", "kube-apiserver-kubelet-client"), ("admin", "admin")] {
-            pki.issue(&Leaf { file, user, group: Some("system:masters"), ..Leaf::default() })?;
+        for (file, user) in [
+            ("kubelet-client", "kube-apiserver-kubelet-client"),
+            ("admin", "admin"),
+        ] {
+            pki.issue(&Leaf {
+                file,
+                user,
+                group: Some("system:masters"),
+                ..Leaf::default()
+            })?;
         }
         Ok(Self {
             host: host.clone(),
@@ -116,7 +135,10 @@ impl ControlPlane {
             ("bind-address", "0.0.0.0".to_owned()),
             ("advertise-address", PUBLIC.to_string()),
             ("service-cluster-ip-range", "10.96.0.0/16".to_owned()),
-            ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
+            (
+                "service-account-issuer",
+                "https://kubernetes.default.svc".to_owned(),
+            ),
             ("service-account-key-file", path("sa.pub")),
             ("service-account-signing-key-file", path("sa.key")),
             ("client-ca-file", path("ca.crt")),
@@ -126,7 +148,10 @@ impl ControlPlane {
             ("kubelet-client-key", path("kubelet-client.key")),
             ("kubelet-certificate-authority", path("ca.crt")),
             // Two nodes have one address: only their names tell them apart.
-            ("kubelet-preferred-address-types", "Hostname,InternalIP".to_owned()),
+            (
+                "kubelet-preferred-address-types",
+                "Hostname,InternalIP".to_owned(),
+            ),
             ("egress-selector-config-file", file.display().to_string()),
             ("authorization-mode", "Node,RBAC".to_owned()),
             // No controllers run, so nobody makes service accounts.
@@ -134,7 +159,17 @@ impl ControlPlane {
             // A restart must not wait for watches that run for ever.
             ("shutdown-send-retry-after", "false".to_owned()),
         ];
-        let apiserver = Spawn::new("kube-apiserver", &self.program)
+        let hosts = self.state.join("hosts");
+        fs::write(&hosts, HOSTS)?;
+        let apiserver = Spawn::new("kube-apiserver", "unshare")
+            .args([
+                "--mount",
+                "sh",
+                "-c",
+                "mount --bind \"$0\" /etc/hosts && exec \"$@\"",
+            ])
+            .arg(&hosts)
+            .arg(&self.program)
             .args(flags.map(|(flag, value)| format!("--{flag}={value}")))
             .host(&self.host)
             .start(&self.logs)?;
@@ -144,15 +179,21 @@ impl ControlPlane {
 
     /// Waits until kube-apiserver says that it is ready.
     pub(super) fn wait_ready(&self, kubectl: &Kubectl) -> Result<()> {
-        let Some(apiserver) = &self.apiserver else { anyhow::bail!("kube-apiserver was not started") };
+        let Some(apiserver) = &self.apiserver else {
+            anyhow::bail!("kube-apiserver was not started")
+        };
         // A connection costs nothing, a kubectl does: the two are looked for one after the other.
         let address = (Ipv4Addr::LOCALHOST, 6443);
-        wait::poll(READY, "kube-apiserver listens", || -> Result<()> {
-            ensure!(apiserver.exited()?.is_none(), "it has ended: {}", apiserver.log());
+        until(READY, "kube-apiserver listens", || {
+            ensure!(
+                apiserver.exited()?.is_none(),
+                "it has ended: {}",
+                apiserver.log()
+            );
             self.host.enter(|| TcpStream::connect(address))??;
             Ok(())
         })?;
-        wait::poll(READY, "kube-apiserver is ready", || {
+        until(READY, "kube-apiserver is ready", || {
             ensure!(kubectl.ok(&["get", "--raw", "/readyz"])? == b"ok");
             // Made by a start-up hook of kube-apiserver.
             kubectl.ok(&["get", "namespace", "default"])

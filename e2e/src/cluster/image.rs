@@ -25,7 +25,10 @@ pub(super) fn make(dir: &Path) -> Result<PathBuf> {
     let mut tar = Builder::new(Vec::new());
     append(&mut tar, "layer.tar", &layer)?;
     let mut manifest = Vec::new();
-    for (name, entrypoint) in [(BUSYBOX, &["/bin/sh"][..]), (PAUSE, &["/bin/sleep", FOR_EVER])] {
+    for (name, entrypoint) in [
+        (BUSYBOX, &["/bin/sh"][..]),
+        (PAUSE, &["/bin/sleep", FOR_EVER]),
+    ] {
         let config = json!({
             "architecture": "amd64",
             "os": "linux",
@@ -37,7 +40,11 @@ pub(super) fn make(dir: &Path) -> Result<PathBuf> {
         append(&mut tar, &file, config.as_bytes())?;
         manifest.push(json!({"Config": file, "RepoTags": [name], "Layers": ["layer.tar"]}));
     }
-    append(&mut tar, "manifest.json", json!(manifest).to_string().as_bytes())?;
+    append(
+        &mut tar,
+        "manifest.json",
+        json!(manifest).to_string().as_bytes(),
+    )?;
     let path = dir.join("images.tar");
     fs::write(&path, tar.into_inner()?).with_context(|| format!("write {}", path.display()))?;
     Ok(path)

@@ -8,9 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
-use super::image;
 use super::pki::{Leaf, Pki};
 use super::sandbox::Sandbox;
+use super::{image, sandbox};
 use crate::net::Host;
 use crate::process::Process;
 
@@ -32,7 +32,7 @@ impl Node {
         let name = host.name().to_owned();
         let dir = state.join(&name);
         fs::create_dir_all(dir.join("cni"))?;
-        let sandbox = Sandbox::new(host, logs)?;
+        let sandbox = Sandbox::new(host, tasks(&dir), logs)?;
         fs::write(dir.join("containerd.toml"), containerd_toml(&dir))?;
         fs::write(dir.join("cni/10-pods.conflist"), cni(&dir).to_string())?;
         let containerd = sandbox
@@ -40,16 +40,29 @@ impl Node {
             .arg("-c")
             .arg(dir.join("containerd.toml"))
             .start(logs)?;
-        Ok(Self { name, dir, logs: logs.to_owned(), kubelet: None, containerd, sandbox })
+        Ok(Self {
+            name,
+            dir,
+            logs: logs.to_owned(),
+            kubelet: None,
+            containerd,
+            sandbox,
+        })
     }
 
     /// Gives containerd the images of an archive.
     pub(super) fn import(&self, archive: &Path) -> Result<()> {
         let booted = "containerd successfully booted";
-        self.containerd.wait_for_line(booted, Duration::from_secs(60))?;
-        let (socket, archive) = (self.socket().display().to_string(), archive.display().to_string());
+        self.containerd
+            .wait_for_line(booted, Duration::from_secs(60))?;
+        let (socket, archive) = (
+            self.socket().display().to_string(),
+            archive.display().to_string(),
+        );
         let args = ["-a", &socket, "-n", "k8s.io", "images", "import", &archive];
-        self.sandbox.run("ctr", &args, Duration::from_secs(60)).context("import images")
+        self.sandbox
+            .run("ctr", &args, Duration::from_secs(60))
+            .context("import images")
     }
 
     /// Starts the kubelet, which registers itself at the kube-apiserver `server`.
@@ -82,7 +95,10 @@ impl Node {
             .arg(self.dir.join("kubelet"))
             .arg("--cert-dir")
             .arg(self.dir.join("cert"))
-            .args([format!("--hostname-override={}", self.name), format!("--node-ip={address}")])
+            .args([
+                format!("--hostname-override={}", self.name),
+                format!("--node-ip={address}"),
+            ])
             .start(&self.logs)?;
         self.kubelet = Some(kubelet);
         Ok(())
@@ -112,7 +128,6 @@ impl Node {
             "cgroupsPerQOS": false,
             "enforceNodeAllocatable": [],
             // Several nodes on one machine.
-            "cgroupRoot": self.sandbox.cgroup(),
             "podLogsDir": self.dir.join("pod-logs"),
             "volumePluginDir": self.dir.join("volume-plugins"),
             "healthzBindAddress": "127.0.0.1",
@@ -129,6 +144,16 @@ impl Node {
             "eventRecordQPS": 0,
         })
     }
+}
+
+/// Removes what the kernel keeps of a node whose run was killed, and whose folder was `dir`.
+pub(super) fn sweep(dir: &Path) -> Result<()> {
+    sandbox::remove_cgroups(&tasks(dir))
+}
+
+/// Where containerd has a folder for each container that it runs.
+fn tasks(dir: &Path) -> PathBuf {
+    dir.join("containerd/state/io.containerd.runtime.v2.task/k8s.io")
 }
 
 fn containerd_toml(dir: &Path) -> String {

@@ -6,11 +6,11 @@ use super::content;
 use super::image::{BUSYBOX, FOR_EVER};
 
 /// Lines of `book`'s log: 50 MB.
-pub const BOOK_LINES: u64 = 500_000;
+pub const BOOK_LINES: u64 = 100_000;
 /// Lines of the file that `web` serves: 1 MB.
-pub const WEB_LINES: u64 = 10_000;
-/// Lines of `firehose`: 200 MB, more than all buffers on the way could hold.
-pub const FIREHOSE_LINES: u64 = 2_000_000;
+pub const WEB_LINES: u64 = 2_000;
+/// Lines of `firehose`: 100 MB, more than all buffers on the way could hold.
+pub const FIREHOSE_LINES: u64 = 200_000;
 /// Where `web` listens in the pod.
 pub const WEB_PORT: u16 = 8080;
 /// Where `echo` listens in the pod.
@@ -64,14 +64,14 @@ fn container(name: &str, script: &str) -> Value {
 
 /// Some fifty lines a second.
 fn ticker(node: &str) -> String {
-    let line = content::line(node, 0);
-    let rest = line.strip_prefix("00000000").unwrap_or_default();
-    format!("i=0; while :; do printf '%08d{rest}\\n' $i; i=$((i+1)); usleep 20000; done")
+    let rest = content::rest(node);
+    format!("i=0; while :; do printf '%08d {rest}\\n' $i; i=$((i+1)); usleep 20000; done")
 }
 
 fn listener(node: &str) -> Value {
     let heard = format!("{node} heard");
-    let script = format!("while read -r line; do echo \"{heard} $line\"; done; echo {heard} the end");
+    let script =
+        format!("while read -r line; do echo \"{heard} $line\"; done; echo {heard} the end");
     spec("listener", &script, true)
 }
 

@@ -2,20 +2,20 @@
 //!
 //! containerd's shims and pods outlive containerd, and mounts outlive everybody. Inside a pid namespace and a mount
 //! namespace they end with one process, also when the test is killed: the kernel does the cleaning. What is left are
-//! empty cgroups, which the end of a sandbox, or the next run, removes.
+//! empty cgroups of containers, which the end of a sandbox, or the next run, removes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
+use super::steps::until;
 use crate::net::Host;
 use crate::process::{Process, Spawn};
-use crate::wait;
 
-/// Cgroups of ours start so; the pid of the run and the host's name follow.
-const PREFIX: &str = "corvid-k8s-";
+/// The parent of all containers' cgroups: containerd names it after its namespace when kubelet names none.
+const PARENT: &str = "k8s.io";
 
 /// Folders where programs of two nodes would meet: shim sockets and namespace names, the CNI cache, links to pod logs.
 /// Files that the kubelet sets, and that belong to the whole machine, become copies.
@@ -33,26 +33,32 @@ while :; do sleep 3600 & wait; done"#;
 pub(super) struct Sandbox {
     holder: Process,
     host: Host,
-    cgroup: String,
+    tasks: PathBuf,
 }
 
 impl Sandbox {
-    /// Makes one on a host.
-    pub(super) fn new(host: &Host, logs: &Path) -> Result<Self> {
+    /// Makes one on a host; in `tasks` containerd will have a folder for each of its containers.
+    pub(super) fn new(host: &Host, tasks: PathBuf, logs: &Path) -> Result<Self> {
         let holder = Spawn::new(&format!("sandbox-{}", host.name()), "unshare")
-            .args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"])
+            .args([
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child=KILL",
+                "--mount-proc",
+            ])
             .args(["sh", "-c", SCRIPT])
             .host(host)
             .start(logs)?;
-        let cgroup = format!("{PREFIX}{}-{}", std::process::id(), host.name());
-        let sandbox = Self { holder, host: host.clone(), cgroup };
-        sandbox.holder.wait_for_line("sandbox is ready", Duration::from_secs(10))?;
+        let sandbox = Self {
+            holder,
+            host: host.clone(),
+            tasks,
+        };
+        sandbox
+            .holder
+            .wait_for_line("sandbox is ready", Duration::from_secs(10))?;
         Ok(sandbox)
-    }
-
-    /// The cgroup, from the root on, for what runs in containers.
-    pub(super) fn cgroup(&self) -> String {
-        format!("/{}", self.cgroup)
     }
 
     /// The arguments with which `nsenter` starts a program inside: its children's children stay inside too.
@@ -77,18 +83,21 @@ impl Sandbox {
         command.args(self.enter()).arg(program).args(args);
         let output = crate::process::output(command, deadline)?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        anyhow::ensure!(output.status.success(), "{program} {args:?}: {errors}");
+        ensure!(output.status.success(), "{program} {args:?}: {errors}");
         Ok(())
     }
 }
 
 impl Drop for Sandbox {
-    #[expect(clippy::print_stderr, reason = "libtest shows it with the test that failed")]
+    #[expect(
+        clippy::print_stderr,
+        reason = "libtest shows it with the test that failed"
+    )]
     fn drop(&mut self) {
         let ended = self.holder.kill().and_then(|()| {
             // The kernel ends the rest of the tree a moment after its first process.
-            wait::poll(Duration::from_secs(20), "cgroups are empty", || {
-                remove_cgroups(&self.cgroup)
+            until(Duration::from_secs(20), "containers are gone", || {
+                remove_cgroups(&self.tasks)
             })
         });
         if let Err(error) = ended {
@@ -97,16 +106,16 @@ impl Drop for Sandbox {
     }
 }
 
-/// Removes cgroups of runs whose process is gone.
-pub(super) fn sweep() -> Result<()> {
-    for hierarchy in hierarchies() {
-        let Ok(entries) = fs::read_dir(&hierarchy) else { continue };
-        for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
-            let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
-            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-                remove_tree(&hierarchy.join(&name)).with_context(|| format!("cgroup {name}"))?;
-            }
+/// Removes the cgroups of the containers that have a folder in `tasks`.
+pub(super) fn remove_cgroups(tasks: &Path) -> Result<()> {
+    for container in fs::read_dir(tasks).into_iter().flatten().flatten() {
+        for hierarchy in hierarchies() {
+            remove_tree(&hierarchy.join(PARENT).join(container.file_name()))?;
         }
+    }
+    for hierarchy in hierarchies() {
+        // Another run may have containers in it.
+        fs::remove_dir(hierarchy.join(PARENT)).ok();
     }
     Ok(())
 }
@@ -114,24 +123,23 @@ pub(super) fn sweep() -> Result<()> {
 /// Where cgroups are: one hierarchy a controller (v1), or one for all (v2).
 fn hierarchies() -> Vec<PathBuf> {
     let root = PathBuf::from("/sys/fs/cgroup");
-    let inner = fs::read_dir(&root).into_iter().flatten().flatten().map(|entry| entry.path());
+    let inner = fs::read_dir(&root)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
     inner.filter(|path| path.is_dir()).chain([root]).collect()
 }
 
-fn remove_cgroups(name: &str) -> std::io::Result<()> {
-    for hierarchy in hierarchies() {
-        remove_tree(&hierarchy.join(name))?;
-    }
-    Ok(())
-}
-
 /// Removes a cgroup with those inside it: the files in it are not there to be removed, only the folders are.
-fn remove_tree(dir: &Path) -> std::io::Result<()> {
+fn remove_tree(dir: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(dir) else {
         return Ok(()); // not made in this hierarchy
     };
-    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        remove_tree(&entry.path())?;
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
     }
-    fs::remove_dir(dir)
+    fs::remove_dir(dir).with_context(|| format!("remove the cgroup {}", dir.display()))
 }

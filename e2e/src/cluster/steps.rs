@@ -1,6 +1,6 @@
 //! Named steps of one long test, in order, each reported with its time when it ends; all failures are told at the end.
 
-use std::fmt::Display;
+use std::fmt::{self, Debug, Display, Formatter};
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use tokio::time::Instant;
 
-/// Comma-separated parts of names: only the steps whose name holds one of them run.
+use crate::wait;
+
+/// Comma-separated beginnings of names: only the steps whose name has one of them run.
 const ONLY: &str = "CORVID_STEPS";
 
 /// The steps so far.
@@ -32,12 +34,13 @@ impl Default for Steps {
 }
 
 impl Steps {
-    /// Runs a step. What it returns is shown beside its time; a failure or a panic is kept for [`Self::finish`].
-    pub fn run<T: Display>(&mut self, name: &str, step: impl FnOnce() -> Result<T>) {
+    /// Runs a step. What it returns is shown beside its time; a failure or a panic is kept for [`Self::finish`]. Returns
+    /// whether it went well, or was not asked for.
+    pub fn run<T: Display>(&mut self, name: &str, step: impl FnOnce() -> Result<T>) -> bool {
         if let Some(only) = &self.only
-            && !only.split(',').any(|part| name.contains(part))
+            && !only.split(',').any(|part| name.starts_with(part))
         {
-            return;
+            return true;
         }
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| {
@@ -48,11 +51,15 @@ impl Steps {
         let took = seconds(start.elapsed());
         self.done += 1;
         match result {
-            Ok(note) => report(&format!("  {name}: {took}; {note}")),
+            Ok(note) => {
+                report(&format!("  {name}: {took}; {note}"));
+                true
+            }
             Err(error) => {
                 let failure = format!("{name} ({took}): {error:#}");
                 report(&format!("  FAILED {failure}"));
                 self.failures.push(failure);
+                false
             }
         }
     }
@@ -70,7 +77,11 @@ impl Steps {
             panic!("no step has a name that {ONLY} asks for");
         }
         if failed > 0 {
-            panic!("{failed} of {} steps failed:\n{}", self.done, self.failures.join("\n"));
+            panic!(
+                "{failed} of {} steps failed:\n{}",
+                self.done,
+                self.failures.join("\n")
+            );
         }
     }
 }
@@ -79,6 +90,25 @@ impl Steps {
 pub fn report(line: &str) {
     // Nobody to tell is no reason to fail.
     writeln!(std::io::stderr(), "{line}").ok();
+}
+
+/// [`wait::poll`] for a probe whose error is told without its backtrace.
+///
+/// # Errors
+/// At the deadline.
+pub fn until<T>(deadline: Duration, what: &str, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
+    wait::poll(deadline, what, || {
+        probe().map_err(|error| Seen(format!("{error:#}")))
+    })
+}
+
+/// Shows a text as it is.
+struct Seen(String);
+
+impl Debug for Seen {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 fn seconds(time: Duration) -> String {

@@ -9,9 +9,9 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use super::control_plane::{Egress, PUBLIC};
+use super::steps::until;
 use crate::net::Host;
 use crate::process::{Process, Spawn};
-use crate::wait;
 
 /// A session whose agent was killed says nothing, and ends after this long. The default is minutes, for edges whose line
 /// is cut now and then; here it is short so that the end can be waited for, and still twice the keepalive interval.
@@ -91,7 +91,14 @@ impl Tunnel {
     /// Starts the agent of an edge host, with a join token made for it. It is connected once [`Self::wait_session`] says so.
     pub(super) fn join(&mut self, edge: &Host) -> Result<()> {
         let name = edge.name();
-        let token = self.admin(&["token", "create", "--agents", name, "--config", "proxy-server.yaml"])?;
+        let token = self.admin(&[
+            "token",
+            "create",
+            "--agents",
+            name,
+            "--config",
+            "proxy-server.yaml",
+        ])?;
         let token = token.lines().next().context("no token was printed")?;
         let shown = self.admin(&["cert", "show", "--config", "proxy-server.yaml"])?;
         let pin = shown.split(|c: char| c.is_whitespace() || c == '"');
@@ -126,11 +133,15 @@ impl Tunnel {
     /// # Errors
     /// At the deadline, with the sessions that are there.
     pub fn wait_session(&self, agent: &str) -> Result<()> {
-        wait::poll(DEADLINE, &format!("a session of {agent}"), || {
+        until(DEADLINE, &format!("a session of {agent}"), || {
             let sessions = self.sessions()?;
             let good = |session: &Value| session["agent"] == agent && session["suspect"] == false;
             let listed = sessions.as_array().is_some_and(|all| all.iter().any(good));
-            if listed { Ok(()) } else { Err(anyhow!("{sessions}")) }
+            if listed {
+                Ok(())
+            } else {
+                Err(anyhow!("{sessions}"))
+            }
         })
     }
 
@@ -149,7 +160,9 @@ impl Tunnel {
     /// # Errors
     /// When there is none.
     pub fn agent(&self, name: &str) -> Result<&Process> {
-        self.agents.get(name).ok_or_else(|| anyhow!("no agent {name}"))
+        self.agents
+            .get(name)
+            .ok_or_else(|| anyhow!("no agent {name}"))
     }
 
     /// The proxy-server.
@@ -166,12 +179,25 @@ impl Tunnel {
         let out = self.dir.join("kube-apiserver");
         let folder = out.display().to_string();
         let config = "proxy-server.yaml";
-        self.admin(&["cert", "issue", "--client", "kube-apiserver", "--out", &folder, "--config", config])?;
-        let files = ["ca.crt", "kube-apiserver.crt", "kube-apiserver.key"].map(|file| out.join(file));
+        self.admin(&[
+            "cert",
+            "issue",
+            "--client",
+            "kube-apiserver",
+            "--out",
+            &folder,
+            "--config",
+            config,
+        ])?;
+        let files =
+            ["ca.crt", "kube-apiserver.crt", "kube-apiserver.key"].map(|file| out.join(file));
         for file in &files {
             ensure!(file.exists(), "{} was not written", file.display());
         }
-        Ok(Egress::Tls { url: format!("https://{PUBLIC}:8444"), files })
+        Ok(Egress::Tls {
+            url: format!("https://{PUBLIC}:8444"),
+            files,
+        })
     }
 
     /// Runs a command of the proxy-server on its host, in the folder of its configuration.
@@ -180,7 +206,12 @@ impl Tunnel {
         command.args(args).current_dir(&self.dir);
         let output = crate::process::output(command, DEADLINE)?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "proxy-server {}: {}", args.join(" "), errors.trim());
+        ensure!(
+            output.status.success(),
+            "proxy-server {}: {}",
+            args.join(" "),
+            errors.trim()
+        );
         Ok(String::from_utf8(output.stdout)?)
     }
 }

@@ -27,20 +27,32 @@ pub(super) fn stdin(cluster: &Cluster) -> Result<String> {
         kubectl.close_stdin();
         let text = String::from_utf8(kubectl.finish(DEADLINE)?)?;
         let wanted = format!("{}  -\n{pod}\n", sha256(&sent));
-        ensure!(text == wanted, "{node} answers {text:?} in place of {wanted:?}");
+        ensure!(
+            text == wanted,
+            "{node} answers {text:?} in place of {wanted:?}"
+        );
     }
     Ok("1 MB to each node".to_owned())
 }
 
 pub(super) fn exit_codes(cluster: &Cluster) -> Result<String> {
     let pod = pods::name("edge1");
-    let cases = [("true", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137)];
+    let cases = [
+        ("true", 0),
+        ("exit 7", 7),
+        ("exit 255", 255),
+        ("kill -9 $$", 137),
+    ];
     for (script, code) in cases {
         let script = format!("echo to be ended; {script}");
         let args = ["exec", &pod, "-c", "tools", "--", "sh", "-c", &script];
         let output = cluster.kubectl().output(&args)?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() == Some(code), "{script}: {}: {errors}", output.status);
+        ensure!(
+            output.status.code() == Some(code),
+            "{script}: {}: {errors}",
+            output.status
+        );
         ensure!(output.stdout == b"to be ended\n", "{script}: {output:?}");
         let told = format!("command terminated with exit code {code}");
         ensure!(code == 0 || errors.contains(&told), "{script}: {errors}");
@@ -57,8 +69,10 @@ pub(super) fn terminal(cluster: &Cluster) -> Result<String> {
         "tty >{}; stty rows 40 cols 100; exec $kubectl exec -it {pod} -c tools -- sh",
         tty.display()
     );
-    let command = cluster.kubectl().shell(&format!("exec script -qefc '{inner}' /dev/null"));
-    let mut shell = Running::start(command)?;
+    let command = cluster
+        .kubectl()
+        .shell(&format!("exec script -qefc '{inner}' /dev/null"));
+    let mut shell = Running::start("kubectl exec on a terminal", command)?;
     shell.wait_for("# ", DEADLINE)?;
     // The terminal echoes what is typed: answers are spelled otherwise than questions.
     shell.write(b"[ -t 0 ] && [ -t 1 ] && echo is''aterminal; echo size: $(stty size)\n")?;
@@ -69,12 +83,13 @@ pub(super) fn terminal(cluster: &Cluster) -> Result<String> {
     let mut stty = Command::new("stty");
     stty.args(["-F", path.trim(), "rows", "51", "cols", "132"]);
     ensure!(stty.status()?.success(), "stty -F {path}");
-    shell.write(b"until [ \"$(stty size)\" = '51 132' ]; do usleep 50000; done; echo re''sized\n")?;
+    shell
+        .write(b"until [ \"$(stty size)\" = '51 132' ]; do usleep 50000; done; echo re''sized\n")?;
     shell.wait_for("resized", DEADLINE)?;
 
     // An interrupt is a byte to the terminal and a signal in the container.
-    shell.write(b"sleep 1000; echo inter''rupted\n")?;
-    shell.wait_for("sleep 1000", DEADLINE)?;
+    shell.write(b"echo a''sleep; sleep 1000\n")?;
+    shell.wait_for("asleep", DEADLINE)?;
     shell.write(b"\x03")?;
     shell.write(b"echo status $?\n")?;
     shell.wait_for("status 130", DEADLINE)?;
@@ -91,14 +106,27 @@ pub(super) fn cat(cluster: &Cluster) -> Result<String> {
     let start = Instant::now();
     let hash = Arc::new(Mutex::new(HashCheck::default()));
     let sink = Arc::clone(&hash);
-    let args = ["exec", "-i", &pods::name("edge1"), "-c", "tools", "--", "cat"];
-    let mut kubectl = cluster.kubectl().start_into(&args, move |bytes| sink.lock().feed(bytes))?;
+    let args = [
+        "exec",
+        "-i",
+        &pods::name("edge1"),
+        "-c",
+        "tools",
+        "--",
+        "cat",
+    ];
+    let mut kubectl = cluster
+        .kubectl()
+        .start_into(&args, move |bytes| sink.lock().feed(bytes))?;
     kubectl.write(&sent)?;
     kubectl.close_stdin();
     kubectl.finish(LONG_DEADLINE)?;
     let seconds = start.elapsed().as_secs_f64();
     hash.lock().expect(&sent)?;
-    Ok(format!("{:.0} MB/s each way", LENGTH as f64 / 1e6 / seconds))
+    Ok(format!(
+        "{:.0} MB/s each way",
+        LENGTH as f64 / 1e6 / seconds
+    ))
 }
 
 /// Speaks to a container's own standard input, and hears its output.
@@ -112,7 +140,8 @@ pub(super) fn attach(cluster: &Cluster) -> Result<String> {
         }
         kubectl.close_stdin();
         let text = String::from_utf8(kubectl.finish(DEADLINE)?)?;
-        let wanted = ["one", "two", "three", "the end"].map(|word| format!("{node} heard {word}\n"));
+        let wanted =
+            ["one", "two", "three", "the end"].map(|word| format!("{node} heard {word}\n"));
         ensure!(text == wanted.concat(), "{text:?}");
     }
     Ok("three words and the end of input to each node".to_owned())

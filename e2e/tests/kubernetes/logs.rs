@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::content::{HashCheck, LineCheck, lines};
-use e2e::cluster::{Cluster, NODES, Running, pods};
-use e2e::wait;
+use e2e::cluster::{Cluster, NODES, Running, pods, until};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -21,18 +20,28 @@ pub(super) fn long_log(cluster: &Cluster, node: &str) -> Result<Duration> {
     // The container may still be writing when the pod has just become ready.
     let last = format!("{:08} {node}", pods::BOOK_LINES - 1);
     let pod = pods::name(node);
-    wait::poll(DEADLINE, "the log is written", || {
-        let tail = cluster.kubectl().ok(&["logs", &pod, "-c", "book", "--tail=1"])?;
-        ensure!(tail.starts_with(last.as_bytes()), "{}", String::from_utf8_lossy(&tail));
+    until(DEADLINE, "the log is written", || {
+        let tail = cluster
+            .kubectl()
+            .ok(&["logs", &pod, "-c", "book", "--tail=1"])?;
+        ensure!(
+            tail.starts_with(last.as_bytes()),
+            "{}",
+            String::from_utf8_lossy(&tail)
+        );
         Ok(())
     })?;
     let start = Instant::now();
     let hash = Arc::new(Mutex::new(HashCheck::default()));
     let sink = Arc::clone(&hash);
     let args = ["logs", &pod, "-c", "book"];
-    let mut kubectl = cluster.kubectl().start_into(&args, move |bytes| sink.lock().feed(bytes))?;
+    let mut kubectl = cluster
+        .kubectl()
+        .start_into(&args, move |bytes| sink.lock().feed(bytes))?;
     kubectl.finish(DEADLINE)?;
-    hash.lock().expect(wanted.as_bytes()).with_context(|| format!("the log of {pod}"))?;
+    hash.lock()
+        .expect(wanted.as_bytes())
+        .with_context(|| format!("the log of {pod}"))?;
     Ok(start.elapsed())
 }
 
@@ -58,30 +67,48 @@ impl Followed {
         let check = Arc::new(Mutex::new(LineCheck::new(node)));
         let sink = Arc::clone(&check);
         let args = ["logs", "-f", &pods::name(node), "-c", "ticker"];
-        let kubectl = cluster.kubectl().start_into(&args, move |bytes| sink.lock().feed(bytes))?;
-        Ok(Self { node, start: Instant::now(), kubectl, check })
+        let kubectl = cluster
+            .kubectl()
+            .start_into(&args, move |bytes| sink.lock().feed(bytes))?;
+        Ok(Self {
+            node,
+            start: Instant::now(),
+            kubectl,
+            check,
+        })
     }
 
     /// How many lines have come, all of them in order.
     pub(super) fn count(&self) -> Result<u64> {
-        self.check.lock().count().with_context(|| format!("the followed log of {}", self.node))
+        self.check
+            .lock()
+            .count()
+            .with_context(|| format!("the followed log of {}", self.node))
     }
 
     /// Follows on until a minute is over, and until it has caught up with what a new reader sees.
     pub(super) fn finish(mut self, cluster: &Cluster) -> Result<String> {
         let node = self.node;
-        wait::poll(FOLLOWED, "a minute is over", || {
-            if self.start.elapsed() < FOLLOWED { Err("not yet") } else { Ok(()) }
+        until(FOLLOWED, "a minute is over", || {
+            ensure!(self.start.elapsed() >= FOLLOWED, "not yet");
+            Ok(())
         })?;
         let tail = ["logs", &pods::name(node), "-c", "ticker", "--tail=1"];
         let last = String::from_utf8(cluster.kubectl().ok(&tail)?)?;
         let last = last.split(' ').next().unwrap_or_default().parse::<u64>()?;
-        ensure!(last > 500, "the ticker has written no more than {last} lines");
-        let lines = wait::poll(Duration::from_secs(20), &format!("line {last} of {node}"), || {
-            let count = self.count()?;
-            ensure!(count > last, "{count} lines; {}", self.kubectl.errors());
-            Ok(count)
-        })?;
+        ensure!(
+            last > 500,
+            "the ticker has written no more than {last} lines"
+        );
+        let lines = until(
+            Duration::from_secs(20),
+            &format!("line {last} of {node}"),
+            || {
+                let count = self.count()?;
+                ensure!(count > last, "{count} lines; {}", self.kubectl.errors());
+                Ok(count)
+            },
+        )?;
         let seconds = self.start.elapsed().as_secs_f64();
         self.kubectl.kill()?;
         Ok(format!("{node} {lines} lines in {seconds:.0} s"))

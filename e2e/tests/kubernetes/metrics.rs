@@ -2,25 +2,43 @@
 
 use std::thread;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::{Cluster, NODES, pods};
+use serde_json::Value;
+
+use crate::forward::panicked;
 
 fn raw(cluster: &Cluster, node: &str, path: &str) -> Result<String> {
     let path = format!("/api/v1/nodes/{node}/proxy/{path}");
-    Ok(String::from_utf8(cluster.kubectl().ok(&["get", "--raw", &path])?)?)
+    Ok(String::from_utf8(
+        cluster.kubectl().ok(&["get", "--raw", &path])?,
+    )?)
 }
 
 /// Asks each node what only it can know. Both are at one address: only the name in the request tells them apart.
 pub(super) fn each_node_answers_for_itself(cluster: &Cluster) -> Result<String> {
     for node in NODES {
-        let list: serde_json::Value = serde_json::from_str(&raw(cluster, node, "pods")?)?;
-        let items = list["items"].as_array().context("no list of pods")?;
-        let names = items.iter().map(|pod| pod["metadata"]["name"].as_str());
-        ensure!(names.eq([Some(pods::name(node).as_str())]), "{node} runs {list}");
+        let list: Value = serde_json::from_str(&raw(cluster, node, "pods")?)?;
+        let items = list
+            .get("items")
+            .and_then(Value::as_array)
+            .context("no list of pods")?;
+        let names = items
+            .iter()
+            .map(|pod| pod.pointer("/metadata/name").and_then(Value::as_str));
+        ensure!(
+            names.eq([Some(pods::name(node).as_str())]),
+            "{node} runs {list}"
+        );
         let metrics = raw(cluster, node, "metrics")?;
         let own = format!("kubelet_node_name{{node=\"{node}\"}} 1");
-        ensure!(metrics.lines().any(|line| line == own), "no {own} in what {node} says");
-        let line = cluster.kubectl().ok(&["logs", &pods::name(node), "-c", "book", "--tail=1"])?;
+        ensure!(
+            metrics.lines().any(|line| line == own),
+            "no {own} in what {node} says"
+        );
+        let line = cluster
+            .kubectl()
+            .ok(&["logs", &pods::name(node), "-c", "book", "--tail=1"])?;
         let line = String::from_utf8(line)?;
         ensure!(line.split(' ').nth(1) == Some(node), "{node} logs {line}");
     }
@@ -30,11 +48,21 @@ pub(super) fn each_node_answers_for_itself(cluster: &Cluster) -> Result<String> 
 /// Fetches cadvisor's metrics of a node and looks at their beginning, middle and end.
 fn cadvisor_of(cluster: &Cluster, node: &str) -> Result<usize> {
     let text = raw(cluster, node, "metrics/cadvisor")?;
-    for name in ["cadvisor_version_info{", "container_cpu_usage_seconds_total{", "machine_cpu_cores{"] {
-        ensure!(text.lines().any(|line| line.starts_with(name)), "{node} has no {name}: {text}");
+    for name in [
+        "cadvisor_version_info{",
+        "container_cpu_usage_seconds_total{",
+        "machine_cpu_cores{",
+    ] {
+        ensure!(
+            text.lines().any(|line| line.starts_with(name)),
+            "{node} has no {name}: {text}"
+        );
     }
     let last = text.lines().next_back().unwrap_or_default();
-    ensure!(text.ends_with('\n') && !last.starts_with('#'), "{node} ends with {last:?}");
+    ensure!(
+        text.ends_with('\n') && !last.starts_with('#'),
+        "{node} ends with {last:?}"
+    );
     Ok(text.len())
 }
 
@@ -48,14 +76,12 @@ pub(super) fn cadvisor(cluster: &Cluster) -> Result<String> {
 
 pub(super) fn twenty_at_once(cluster: &Cluster) -> Result<String> {
     thread::scope(|scope| {
-        let threads = (0..20).map(|number| {
-            let node = NODES[number % NODES.len()];
-            scope.spawn(move || cadvisor_of(cluster, node))
-        });
+        let nodes = NODES.iter().cycle().take(20);
+        let threads = nodes.map(|node| scope.spawn(move || cadvisor_of(cluster, node)));
         let threads = threads.collect::<Vec<_>>();
         let mut bytes = 0;
         for thread in threads {
-            bytes += thread.join().map_err(|_| anyhow!("a panic"))??;
+            bytes += thread.join().map_err(panicked)??;
         }
         Ok(format!("{bytes} bytes in all"))
     })

@@ -31,14 +31,26 @@ const ALL_PORTS: RangeInclusive<u16> = 1..=u16::MAX;
 pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config, ConfigError> {
     let mut problems = Problems::new();
     let name = over.name.clone().or(file.name).or_else(host_name);
-    problems.check(name.is_some(), "name", "the host has no name, so this must be given");
+    problems.check(
+        name.is_some(),
+        "name",
+        "the host has no name, so this must be given",
+    );
     let name = name.and_then(|text| read::<Name>(&mut problems, "name", &text));
     let trust_domain = file.trust_domain.map_or_else(
         || Some(TrustDomain::default()),
         |text| read(&mut problems, "trustDomain", &text),
     );
-    let servers = if over.servers.is_empty() { file.servers } else { over.servers.clone() };
-    problems.check(!servers.is_empty(), "servers", "at least one proxy-server is needed");
+    let servers = if over.servers.is_empty() {
+        file.servers
+    } else {
+        over.servers.clone()
+    };
+    problems.check(
+        !servers.is_empty(),
+        "servers",
+        "at least one proxy-server is needed",
+    );
     let servers = servers
         .iter()
         .enumerate()
@@ -58,7 +70,12 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         .collect();
     let memory = file.memory.map_or(MEMORY, |size| size.0);
     problems.check(memory >= LEAST_MEMORY, "memory", "at least 1MiB is needed");
-    times(&mut problems, &file.backoff, file.timeouts.dial, file.timeouts.half_open);
+    times(
+        &mut problems,
+        &file.backoff,
+        file.timeouts.dial,
+        file.timeouts.half_open,
+    );
     let observe = listen(file.observe.listen, Ipv4Addr::UNSPECIFIED, OBSERVE_PORT);
     let admin = listen(file.admin.listen, Ipv4Addr::LOCALHOST, ADMIN_PORT);
     problems.check(
@@ -66,7 +83,11 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         "admin.listen",
         "must be a loopback address or a unix socket: it has no authentication",
     );
-    let log_level = over.log_level.clone().or(file.log.level).unwrap_or_else(|| "info".to_owned());
+    let log_level = over
+        .log_level
+        .clone()
+        .or(file.log.level)
+        .unwrap_or_else(|| "info".to_owned());
     if let Err(error) = daemon::LogHandle::detached().set(&log_level) {
         problems.push("log.level", error);
     }
@@ -82,7 +103,11 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         servers,
         join,
         credential: file.credential,
-        node_addresses: file.node_addresses.iter().map(|ip| ip.to_canonical()).collect(),
+        node_addresses: file
+            .node_addresses
+            .iter()
+            .map(|ip| ip.to_canonical())
+            .collect(),
         localhost_ports: file.localhost_ports,
         allow,
         memory,
@@ -104,7 +129,10 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
 
 /// The error of problems that are known not to be empty.
 fn wrong(path: &Path, problems: Problems) -> ConfigError {
-    ConfigError::Invalid { file: path.to_owned(), problems }
+    ConfigError::Invalid {
+        file: path.to_owned(),
+        problems,
+    }
 }
 
 fn read<T: FromStr<Err: Display>>(
@@ -129,28 +157,37 @@ fn listen(given: Option<Listen>, address: Ipv4Addr, port: u16) -> Listen {
 fn join(problems: &mut Problems, file: Option<file::Join>, over: &Overrides) -> Option<Join> {
     let given = file.is_some();
     let file = file.unwrap_or_default();
-    let token = match (over.join_token.clone(), file.token, file.token_file) {
-        (Some(token), _, _) | (None, Some(token), None) => Some(TokenSource::Value(token)),
-        (None, None, Some(path)) => Some(TokenSource::File(path)),
-        (None, Some(_), Some(_)) => {
+    let from_file = match (file.token, file.token_file) {
+        (Some(_), Some(_)) => {
             problems.push("join", "give either token or tokenFile, not both");
             return None;
         }
-        (None, None, None) => None,
+        (Some(token), None) => Some(TokenSource::Value(token)),
+        (None, Some(path)) => Some(TokenSource::File(path)),
+        (None, None) => None,
     };
+    let token = (over.join_token.clone().map(TokenSource::Value))
+        .or_else(|| over.join_token_file.clone().map(TokenSource::File))
+        .or(from_file);
     let pin = over.ca_pin.clone().or(file.ca_pin);
     match (token, pin) {
         (Some(token), Some(pin)) => {
             if let TokenSource::Value(value) = &token
                 && value.expose_secret().parse::<certs::JoinToken>().is_err()
             {
-                problems.push("join.token", "this is no join token, which looks like id.secret");
+                problems.push(
+                    "join.token",
+                    "this is no join token, which looks like id.secret",
+                );
             }
             let pin = read::<Pin>(problems, "join.caPin", &pin)?;
             Some(Join { token, pin })
         }
         (Some(_), None) => {
-            problems.push("join.caPin", "is needed with a token; `proxy-server cert show` prints it");
+            problems.push(
+                "join.caPin",
+                "is needed with a token; `proxy-server cert show` prints it",
+            );
             None
         }
         // A pin may be set for a whole fleet, tokens come and go.
@@ -165,7 +202,11 @@ fn join(problems: &mut Problems, file: Option<file::Join>, over: &Overrides) -> 
 fn rule(problems: &mut Problems, index: usize, allow: &file::Allow) -> Option<Rule> {
     let cidr = cidr(problems, index, &allow.cidr);
     let key = format!("allow[{index}].ports");
-    problems.check(!allow.ports.is_empty(), &key, "name ports; \"1-65535\" means all");
+    problems.check(
+        !allow.ports.is_empty(),
+        &key,
+        "name ports; \"1-65535\" means all",
+    );
     let ports = allow
         .ports
         .iter()
@@ -176,7 +217,10 @@ fn rule(problems: &mut Problems, index: usize, allow: &file::Allow) -> Option<Ru
             };
             let good = range.filter(|r| ALL_PORTS.contains(r.start()) && r.start() <= r.end());
             if good.is_none() {
-                problems.push(&key, "a port is 1 to 65535, a range is written \"10000-10100\"");
+                problems.push(
+                    &key,
+                    "a port is 1 to 65535, a range is written \"10000-10100\"",
+                );
             }
             good
         })
@@ -203,7 +247,11 @@ fn times(problems: &mut Problems, backoff: &BackoffLimits, dial: Duration, half_
         "backoff.min",
         "at least 10ms: a server must not be knocked at in a loop",
     );
-    problems.check(backoff.max >= backoff.min, "backoff.max", "must not be less than backoff.min");
+    problems.check(
+        backoff.max >= backoff.min,
+        "backoff.max",
+        "must not be less than backoff.min",
+    );
     let within = !dial.is_zero() && dial <= LONGEST_DIAL;
     problems.check(within, "timeouts.dial", "must be above 0 and at most 1m");
     problems.check(!half_open.is_zero(), "timeouts.halfOpen", "must be above 0");

@@ -8,7 +8,9 @@ fn read(text: &str) -> Result<Config, ConfigError> {
 
 #[test]
 fn the_smallest_configuration_has_every_default() {
-    let text = format!("name: edge1\nservers: ['proxy.example.com:8443']\njoin: {{tokenFile: /t, caPin: '{PIN}'}}\n");
+    let text = format!(
+        "name: edge1\nservers: ['proxy.example.com:8443']\njoin: {{tokenFile: /t, caPin: '{PIN}'}}\n"
+    );
     let config = read(&text).unwrap();
     assert_eq!(config.state_dir, Path::new("/var/lib/corvid-agent"));
     assert_eq!(config.servers[0].to_string(), "proxy.example.com:8443");
@@ -18,7 +20,13 @@ fn the_smallest_configuration_has_every_default() {
     assert_eq!(config.drain.grace, Duration::from_secs(30));
     assert_eq!(config.observe.to_string(), "tcp:0.0.0.0:9441");
     assert_eq!(config.admin.to_string(), "tcp:127.0.0.1:9443");
-    assert!(matches!(config.join, Some(Join { token: TokenSource::File(_), .. })));
+    assert!(matches!(
+        config.join,
+        Some(Join {
+            token: TokenSource::File(_),
+            ..
+        })
+    ));
 }
 
 #[test]
@@ -37,11 +45,30 @@ admin: {listen: '0.0.0.0:9443'}
 log: {level: 'a=b=c'}
 ";
     let error = read(text).unwrap_err();
-    let ConfigError::Invalid { problems, .. } = &error else { panic!("{error}") };
-    let keys: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
+    let ConfigError::Invalid { problems, .. } = &error else {
+        panic!("{error}")
+    };
+    let keys: Vec<_> = problems
+        .iter()
+        .map(|problem| problem.path.as_str())
+        .collect();
     for key in [
-        "name", "servers[0]", "servers[1]", "join.token", "join.caPin", "localhostPorts[0]", "allow[0].cidr", "allow[0].ports",
-        "allow[1].ports", "memory", "timeouts.dial", "timeouts.halfOpen", "backoff.min", "backoff.max", "admin.listen", "log.level",
+        "name",
+        "servers[0]",
+        "servers[1]",
+        "join.token",
+        "join.caPin",
+        "localhostPorts[0]",
+        "allow[0].cidr",
+        "allow[0].ports",
+        "allow[1].ports",
+        "memory",
+        "timeouts.dial",
+        "timeouts.halfOpen",
+        "backoff.min",
+        "backoff.max",
+        "admin.listen",
+        "log.level",
     ] {
         assert!(keys.contains(&key), "{key} is missing in {keys:?}");
     }
@@ -69,17 +96,33 @@ fn flags_and_variables_go_before_the_file() {
         state_dir: Some("/s".into()),
         servers: vec!["[::1]:1".into(), "other:2".into()],
         join_token: Some("abcdef.0123456789abcdef".to_owned().into()),
+        join_token_file: None,
         ca_pin: Some(PIN.into()),
         log_format: Some(LogFormat::Json),
         log_level: Some("debug".into()),
     };
     let text = "name: edge1\nservers: ['proxy:1']\nlog: {level: warn}\n";
     let config = parse(Path::new("agent.yaml"), text, &overrides).unwrap();
-    assert_eq!((config.name.as_str(), config.state_dir.as_path()), ("edge9", Path::new("/s")));
+    assert_eq!(
+        (config.name.as_str(), config.state_dir.as_path()),
+        ("edge9", Path::new("/s"))
+    );
     assert_eq!(config.servers.len(), 2);
-    assert_eq!((config.log_level.as_str(), config.log_format), ("debug", LogFormat::Json));
-    assert!(matches!(config.join, Some(Join { token: TokenSource::Value(_), .. })));
-    assert!(!format!("{config:?}").contains("0123456789abcdef\""), "the token is in no debug output");
+    assert_eq!(
+        (config.log_level.as_str(), config.log_format),
+        ("debug", LogFormat::Json)
+    );
+    assert!(matches!(
+        config.join,
+        Some(Join {
+            token: TokenSource::Value(_),
+            ..
+        })
+    ));
+    assert!(
+        !format!("{config:?}").contains("0123456789abcdef\""),
+        "the token is in no debug output"
+    );
 }
 
 #[test]
@@ -93,6 +136,7 @@ fn ports_are_numbers_and_ranges() {
 #[test]
 fn keys_that_need_a_restart_are_named() {
     let old = read("name: a\nservers: ['b:1']\n").unwrap();
-    let new = read("name: a\nservers: ['c:1']\nmemory: 30MiB\nadmin: {listen: '127.0.0.1:1'}\n").unwrap();
+    let new =
+        read("name: a\nservers: ['c:1']\nmemory: 30MiB\nadmin: {listen: '127.0.0.1:1'}\n").unwrap();
     assert_eq!(old.fixed_differences(&new), ["memory", "admin"]);
 }

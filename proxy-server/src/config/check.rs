@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn all_mistakes_of_meaning_are_told_at_once() {
         let error = parse(
-            "name: 'No Name'\nbackend: {listen: [], memory: 1k}\nroutes: [{node: a}, {node: a, agent: B}]\n\
+            "name: 'No Name'\nbackend: {listen: [], memory: 1KiB}\nroutes: [{node: a}, {node: a, agent: B}]\n\
              timeouts: {dial: 40s, header: 0s}\nadmin: {listen: '0.0.0.0:9442'}\n\
              frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n",
         )

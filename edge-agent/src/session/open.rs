@@ -1,0 +1,81 @@
+//! How a session comes up: QUIC, both identities, the hello, and the server's time.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use certs::{Own, SERVER_SNI, UnixTime};
+use proto::Reason;
+use proto::control::{Control, HANDSHAKE, Liveness};
+use proto::transport::Session;
+use proto::transport::quic::Endpoint;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+use super::{Live, Phase, Terms, run};
+use crate::error::OpenError;
+
+/// A server's time that differs by more is worth a warning.
+const SKEW_WARNING: u64 = 60;
+
+/// Opens a session with the server at `address` and runs it in a task of its own.
+pub(crate) async fn open(terms: &Arc<Terms>, address: SocketAddr) -> Result<Arc<Live>, OpenError> {
+    let expires = terms.own.credential.load().not_after();
+    let dial = Endpoint::dial(address, SERVER_SNI, Arc::clone(&terms.tls), terms.tuning);
+    let session = timeout(HANDSHAKE, dial)
+        .await
+        .map_err(|_elapsed| OpenError::Timeout {
+            address,
+            after: HANDSHAKE,
+        })?
+        .map_err(|source| OpenError::Quic { address, source })?;
+    let server = certs::peer(&session.peer_certificates())
+        .map_err(|source| OpenError::Peer { address, source })?;
+    let (control, accepted) = Control::dial(session.clone(), &terms.offer)
+        .await
+        .map_err(|source| OpenError::Control { address, source })?;
+    if accepted.peer.as_str() != server.identity.name.as_str() {
+        session.close(Reason::IdentityMismatch);
+        let (claimed, certified) = (accepted.peer.to_string(), server.identity.name.to_string());
+        return Err(OpenError::OtherServer {
+            address,
+            claimed,
+            certified,
+        });
+    }
+    observe_time(&terms.own, accepted.server_time_ms, &server);
+    let now = terms.own.clock.now();
+    let live = Arc::new(Live {
+        control: control.handle(),
+        liveness: Liveness::new(terms.keepalive),
+        accepted,
+        since: now,
+        started: Instant::now(),
+        expires_in: Duration::from_secs(expires.as_secs().saturating_sub(now.as_secs())),
+        served: AtomicU64::new(0),
+        streams: watch::Sender::new(0),
+        phase: watch::Sender::new(Phase::Up),
+        session,
+    });
+    terms.metrics.sessions_opened.inc();
+    tracing::info!(
+        server = %live.server(), session = live.id(), remote = %address,
+        version = live.software(), "session up"
+    );
+    let run = run(Arc::clone(terms), control, Arc::clone(&live));
+    terms.sessions.spawn("session", run);
+    Ok(live)
+}
+
+/// Believed only now, as the server has proved who it is.
+fn observe_time(own: &Own, server_time_ms: i64, server: &certs::Peer) {
+    let Ok(millis) = u64::try_from(server_time_ms) else {
+        return;
+    };
+    let told = UnixTime::since_unix_epoch(Duration::from_millis(millis));
+    let skew_seconds = own.clock.observe(told, server);
+    if skew_seconds.unsigned_abs() > SKEW_WARNING {
+        tracing::warn!(skew_seconds, "this host's clock differs from the server's");
+    }
+}

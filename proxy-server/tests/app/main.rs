@@ -1,0 +1,9 @@
+//! The whole proxy-server on port 0 with real edge-agents over real QUIC, and with peers that misbehave.
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod agents;
+mod connect;
+mod drain;
+mod scrape;
+mod stack;
+mod tls;

@@ -1,0 +1,126 @@
+//! The forward proxy for scrapers.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::stack::{Stack, allow, shouter, status_line, tls, within};
+
+/// An exporter that counts its connections and serves keep-alive HTTP.
+async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        let mut number = 0;
+        while let Ok((mut stream, _)) = listener.accept().await {
+            number += 1;
+            connections.spawn(async move {
+                let mut buffer = Vec::new();
+                while let Ok(1..) = stream.read_buf(&mut buffer).await {
+                    if !buffer.ends_with(b"\r\n\r\n") {
+                        continue;
+                    }
+                    let seen = String::from_utf8(std::mem::take(&mut buffer)).unwrap();
+                    let leaked = seen.to_ascii_lowercase().contains("proxy-authorization");
+                    let body = format!("connection {number} leaked {leaked}\n");
+                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+                    stream.write_all((head + &body).as_bytes()).await.unwrap();
+                }
+            });
+        }
+    });
+    port
+}
+
+async fn ask(stack: &Stack, request: &str) -> (String, String) {
+    let mut own = stack.client("nobody");
+    own.credential = stack.client("prometheus").credential;
+    let mut stream = anonymous(stack).await;
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let line = status_line(&mut stream).await;
+    let mut body = String::new();
+    within(stream.read_to_string(&mut body)).await.ok();
+    (line, body)
+}
+
+/// TLS without a client certificate.
+async fn anonymous(stack: &Stack) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    let mut roots = rustls::RootCertStore::empty();
+    for root in stack.issuer().bundle().roots() {
+        roots.add(root.clone()).unwrap();
+    }
+    let config = rustls::ClientConfig::builder_with_provider(certs::provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    #[expect(clippy::disallowed_methods, reason = "a requester")]
+    let stream = tokio::net::TcpStream::connect(stack.tcp(2)).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+    tokio_rustls::TlsConnector::from(std::sync::Arc::new(config)).connect(name, stream).await.unwrap()
+}
+
+/// Basic of prom:a-long-password
+const BASIC: &str = "Proxy-Authorization: Basic cHJvbTphLWxvbmctcGFzc3dvcmQ=";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plain_exporters_are_scraped_over_kept_connections() {
+    let mut stack = Stack::start("").await;
+    let mut edge = JoinSet::new();
+    let port = exporter(&mut edge).await;
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    for _ in 0..3 {
+        let request = format!("GET http://edge1:{port}/metrics HTTP/1.1\r\nHost: edge1:{port}\r\n{BASIC}\r\nConnection: close\r\n\r\n");
+        let (line, body) = ask(&stack, &request).await;
+        assert!(line.starts_with("HTTP/1.1 200"), "{line}");
+        assert_eq!(body, "connection 1 leaked false\n", "the pool keeps one connection");
+    }
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connect_works_with_a_token_a_password_or_a_certificate() {
+    let mut stack = Stack::start("").await;
+    let mut edge = JoinSet::new();
+    let port = shouter(&mut edge).await;
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    for header in ["Proxy-Authorization: Bearer token-of-prometheus", BASIC, ""] {
+        let mut stream = if header.is_empty() {
+            tls(stack.tcp(2), &stack.client("prometheus")).await.unwrap()
+        } else {
+            anonymous(&stack).await
+        };
+        let header = if header.is_empty() { String::new() } else { format!("{header}\r\n") };
+        let request = format!("CONNECT edge1:{port} HTTP/1.1\r\nHost: edge1\r\n{header}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        assert!(status_line(&mut stream).await.starts_with("HTTP/1.1 200"), "{header}");
+        stream.write_all(b"scrape").await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        within(stream.read_to_string(&mut answer)).await.unwrap();
+        assert_eq!(answer, "SCRAPE");
+    }
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_shows_nothing_and_what_is_not_at_the_edge_is_refused() {
+    let mut stack = Stack::start("").await;
+    stack.agent("edge1", "");
+    stack.sessions("edge1", 1).await;
+    for (request, wanted) in [
+        ("GET http://edge1:9100/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_owned(), "407"),
+        ("CONNECT edge1:10250 HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic bm86bm8=\r\nConnection: close\r\n\r\n".to_owned(), "407"),
+        (format!("CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n\r\n"), "403 example.com:443: the destination is no node at the edge"),
+        (format!("GET http://10.0.0.1/ HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n\r\n"), "403 10.0.0.1:80"),
+        (format!("GET http://edge1:22/ HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n\r\n"), "403 node edge1: the agent's allow-list"),
+        (format!("GET /metrics HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n\r\n"), "400"),
+    ] {
+        let (line, _) = ask(&stack, &request).await;
+        assert!(line.contains(wanted), "{request}: {line}");
+    }
+    stack.stop().await;
+}
