@@ -38,7 +38,7 @@ use node::Node;
 use pki::Pki;
 pub use running::Running;
 pub use steps::{Steps, report, until};
-pub use tunnel::{Programs, Tunnel};
+pub use tunnel::{Programs, Session, Tunnel};
 
 /// The nodes.
 pub const NODES: [&str; 2] = ["edge1", "edge2"];
@@ -163,11 +163,19 @@ impl Cluster {
         Ok(())
     }
 
+    /// Ends kube-apiserver, and with it all that it has open to nodes.
+    ///
+    /// # Errors
+    /// When it does not go.
+    pub fn stop_apiserver(&mut self) -> Result<()> {
+        self.control_plane.stop_apiserver()
+    }
+
     /// Starts kube-apiserver again, with another way to the nodes.
     ///
     /// # Errors
     /// When it does not get ready.
-    pub fn restart_apiserver(&mut self, egress: &Egress) -> Result<()> {
+    pub fn start_apiserver(&mut self, egress: &Egress) -> Result<()> {
         self.control_plane.apiserver(&self.pki, egress)?;
         self.control_plane.wait_ready(&self.kubectl)
     }

@@ -8,14 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use daemon::admin::{Endpoint, Reply, Routes};
-use daemon::{
-    Exit, Listen, LogHandle, Metrics, Readiness, Reload, Tasks, WatchOptions, chain, sd,
-};
+use daemon::admin::{Endpoint, Routes};
+use daemon::{Exit, Listen, LogHandle, Metrics, Readiness, Reload, Tasks, WatchOptions, sd};
 use futures_util::future::join_all;
 use proto::transport::keepalive::Keepalive;
-use proto::transport::quic::Tuning;
-use proto::wire::{Limits, Offer};
 use proto::{Budget, Reason};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -33,14 +29,8 @@ use crate::registry::Registry;
 use crate::reload::{ConfigSource, Operators, Reloading};
 use crate::resolve::Resolver;
 use crate::serve::Serving;
-use crate::session::Terms;
-use crate::status::SessionStatus;
-use crate::{Config, ready};
-
-/// Streams that a server may have open in one session (design: limits).
-pub const MAX_STREAMS: u32 = 4096;
-/// Name and version, as servers see them.
-pub const SOFTWARE: &str = concat!("edge-agent ", env!("CARGO_PKG_VERSION"));
+use crate::session::{self, Terms};
+use crate::{Config, endpoints, ready};
 
 /// The agent before it is bound.
 #[derive(Debug)]
@@ -172,10 +162,10 @@ impl Bound {
         let groups = Groups::default();
         let owners = groups.all();
         let routes = Routes::observe(readiness.clone(), &owners, self.metrics.clone());
-        listen(&groups.endpoints, "observe", self.observe, routes);
+        endpoints::serve(&groups.endpoints, "observe", self.observe, routes);
         let agent = self.config.name.to_string();
-        let routes = sessions_route(self.log.clone(), Arc::clone(&registry), agent);
-        listen(&groups.endpoints, "admin", self.admin, routes);
+        let routes = endpoints::admin(self.log.clone(), Arc::clone(&registry), agent);
+        endpoints::serve(&groups.endpoints, "admin", self.admin, routes);
         let watched = groups.endpoints.clone();
         let _watchdog = sd::Watchdog::start(move || watched.failure().is_none());
 
@@ -186,7 +176,7 @@ impl Bound {
             };
             Ok::<_, AppError>((
                 certs::tunnel_client_quic(&own)?,
-                offer(&self.config, &serving.budget)?,
+                session::offer(&self.config, &serving.budget)?,
                 own,
             ))
         };
@@ -207,7 +197,7 @@ impl Bound {
         let terms = Arc::new(Terms {
             tls,
             offer,
-            tuning: tuning(&self.config, &serving.budget),
+            tuning: session::tuning(&self.config, &serving.budget),
             keepalive: Keepalive::default(),
             serving: Arc::clone(&serving),
             registry: Arc::clone(&registry),
@@ -314,48 +304,4 @@ impl Groups {
         ]
         .map(Clone::clone)
     }
-}
-
-fn listen(tasks: &Tasks, name: &'static str, endpoint: Endpoint, routes: Routes) {
-    tracing::info!(listen = %endpoint.bound(), "{name} endpoint");
-    let owner = tasks.clone();
-    tasks.critical(name, async move {
-        if let Err(error) = endpoint.serve(routes, &owner).await {
-            tracing::error!(error = %chain(&error), "{name} endpoint");
-        }
-    });
-}
-
-fn sessions_route(log: LogHandle, registry: Arc<Registry>, agent: String) -> Routes {
-    Routes::admin(log).get("/sessions", move |_| {
-        let all = registry.all();
-        let sessions: Vec<_> = all
-            .iter()
-            .map(|live| SessionStatus::of(live, &agent))
-            .collect();
-        std::future::ready(Reply::json(&sessions))
-    })
-}
-
-fn tuning(config: &Config, budget: &Budget) -> Tuning {
-    Tuning {
-        stream_window: budget.stream_window(),
-        max_streams: MAX_STREAMS,
-        idle_timeout: Keepalive::default().idle_timeout,
-        congestion: config.congestion,
-    }
-}
-
-fn offer(config: &Config, budget: &Budget) -> Result<Offer, AppError> {
-    let limits = Limits {
-        max_streams: MAX_STREAMS,
-        stream_window: budget.stream_window().into(),
-    };
-    Ok(Offer {
-        agent: config.name.as_str().parse()?,
-        software: SOFTWARE.to_owned(),
-        capabilities: Vec::new(),
-        limits,
-        instance: format!("{:016x}", rand::random::<u64>()),
-    })
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use daemon::chain;
+use futures_util::future::join_all;
 use proto::Destination;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -64,9 +65,12 @@ impl Candidates {
         }
         let servers = self.servers.load_full();
         let mut known = BTreeMap::new();
-        for server in servers.iter() {
+        let lookups = servers
+            .iter()
+            .map(|server| self.resolver.resolve(server, LOOKUP));
+        for (server, found) in servers.iter().zip(join_all(lookups).await) {
             let key = server.to_string();
-            match self.resolver.resolve(server, LOOKUP).await {
+            match found {
                 Ok(addresses) => {
                     known.insert(key, addresses);
                 }

@@ -203,7 +203,9 @@ impl Supervisor {
             Phase::Told(away) if away.reason == Reason::Replaced => Next::Park,
             Phase::Up | Phase::Superseded => Next::Park,
             Phase::Told(away) => {
-                self.backoff.reset();
+                if live.is_useful() {
+                    self.backoff.reset();
+                }
                 let pause = self.pause(away.reason, away.retry_after);
                 Next::Reconnect(pause, away.reason)
             }

@@ -6,11 +6,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use proto::Reason;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
+
+use crate::error::is_out_of_files;
 
 /// Finds destinations that vanished without a word (a pulled plug) within about two minutes.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
@@ -50,14 +51,10 @@ impl DialError {
 
 /// What connect(2) and socket(2) may say, as a reason.
 fn of_error(error: &io::Error) -> Reason {
-    if let Some(code) = error.raw_os_error() {
-        let errno = Errno::from_raw(code);
-        if [Errno::EMFILE, Errno::ENFILE].contains(&errno) {
-            return Reason::FilesExhausted;
-        }
-    }
     let kind = error.kind();
-    if kind == io::ErrorKind::ConnectionRefused {
+    if is_out_of_files(error) {
+        Reason::FilesExhausted
+    } else if kind == io::ErrorKind::ConnectionRefused {
         Reason::DialRefused
     } else if kind == io::ErrorKind::TimedOut {
         Reason::DialTimeout
@@ -116,6 +113,7 @@ pub(crate) fn abort(stream: &TcpStream) {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
     use tokio::net::TcpListener;
 
     use super::*;

@@ -9,6 +9,7 @@ use certs::{
     AgentFilesError, BundleError, CredentialError, EnrollError, HandshakeFailure, PeerError,
 };
 use daemon::Exit;
+use nix::errno::Errno;
 use proto::control::ControlError;
 use proto::transport::quic::QuicError;
 use proto::transport::{SessionError, StreamError};
@@ -187,7 +188,8 @@ impl OpenError {
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Quic { source, .. } => match source {
-                QuicError::Bind { .. } => Reason::FilesExhausted,
+                QuicError::Bind { source, .. } if is_out_of_files(source) => Reason::FilesExhausted,
+                QuicError::Bind { .. } => Reason::Unreachable,
                 QuicError::Tls(_) => Reason::Tls,
                 QuicError::Connect(_) => Reason::Unreachable,
                 QuicError::Dial { source, .. } => before_it_was_up(source),
@@ -258,6 +260,12 @@ impl OpenError {
             | Self::OtherServer { .. } => Duration::ZERO,
         }
     }
+}
+
+/// Whether the process or the host has no descriptors left.
+pub(crate) fn is_out_of_files(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE))
 }
 
 /// What the end of a connection means that never was a session.

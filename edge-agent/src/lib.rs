@@ -15,6 +15,7 @@ pub mod config;
 mod connector;
 mod dial;
 mod drain;
+mod endpoints;
 mod enroll;
 mod error;
 mod files;

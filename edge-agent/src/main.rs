@@ -27,7 +27,7 @@ fn main() -> ExitCode {
             };
         }
     };
-    // One thread is the fastest here (docs/performance.md) and leaves the others of a small board to the workload.
+    // One thread spends the least CPU a byte, and leaves a small board's other cores to its workload.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()

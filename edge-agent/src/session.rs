@@ -4,6 +4,7 @@
 //! session takes over and this one runs out; or its certificate ended an hour ago.
 
 mod open;
+mod terms;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use proto::transport::quic::{QuicSession, Tuning};
 use proto::transport::{Session, SessionError, SessionStats};
 use proto::wire::{Accepted, Offer};
 use proto::{Reason, ServerName};
+pub(crate) use terms::{offer, tuning};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
@@ -198,7 +200,8 @@ impl Live {
         streams.wait_for(|open| *open == 0).await.ok(); // the sender lives in `self`
     }
 
-    fn is_useful(&self) -> bool {
+    /// Whether it has shown that its server works for this agent.
+    pub(crate) fn is_useful(&self) -> bool {
         let heard_after = self
             .started
             .elapsed()

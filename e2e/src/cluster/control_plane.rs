@@ -121,11 +121,16 @@ impl ControlPlane {
         })
     }
 
-    /// Starts kube-apiserver, or starts it again with another egress. It is ready once [`Self::wait_ready`] says so.
+    /// Ends kube-apiserver at once: asked to stop, it would wait a minute for requests that never end. All it knows is in etcd.
+    pub(super) fn stop_apiserver(&mut self) -> Result<()> {
+        self.apiserver
+            .take()
+            .map_or(Ok(()), |running| running.kill())
+    }
+
+    /// Starts kube-apiserver. It is ready once [`Self::wait_ready`] says so.
     pub(super) fn apiserver(&mut self, pki: &Pki, egress: &Egress) -> Result<()> {
-        if let Some(running) = self.apiserver.take() {
-            running.terminate(READY)?;
-        }
+        self.stop_apiserver()?;
         let file = self.state.join("egress.json");
         fs::write(&file, egress.config().to_string())?;
         let path = |name: &str| pki.path(name);
@@ -156,8 +161,6 @@ impl ControlPlane {
             ("authorization-mode", "Node,RBAC".to_owned()),
             // No controllers run, so nobody makes service accounts.
             ("disable-admission-plugins", "ServiceAccount".to_owned()),
-            // A restart must not wait for watches that run for ever.
-            ("shutdown-send-retry-after", "false".to_owned()),
         ];
         let hosts = self.state.join("hosts");
         fs::write(&hosts, HOSTS)?;

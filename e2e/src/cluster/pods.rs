@@ -7,6 +7,8 @@ use super::image::{BUSYBOX, FOR_EVER};
 
 /// Lines of `book`'s log: 50 MB.
 pub const BOOK_LINES: u64 = 100_000;
+/// There once `book` has written its log.
+pub const WRITTEN: &str = "/tmp/written";
 /// Lines of the file that `web` serves: 1 MB.
 pub const WEB_LINES: u64 = 2_000;
 /// Lines of `firehose`: 100 MB, more than all buffers on the way could hold.
@@ -47,7 +49,7 @@ pub fn pod(node: &str) -> Value {
             "restartPolicy": "Never",
             "containers": [
                 container("tools", &format!("exec sleep {FOR_EVER}")),
-                container("book", &format!("{book}; exec sleep {FOR_EVER}")),
+                container("book", &format!("{book}; >{WRITTEN}; exec sleep {FOR_EVER}")),
                 container("ticker", &ticker(node)),
                 listener(node),
                 container("web", &format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www")),

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use serde_json::{Value, json};
+use serde::Deserialize;
+use serde_json::json;
 
 use super::control_plane::{Egress, PUBLIC};
 use super::steps::until;
@@ -14,8 +16,8 @@ use crate::net::Host;
 use crate::process::{Process, Spawn};
 
 /// A session whose agent was killed says nothing, and ends after this long. The default is minutes, for edges whose line
-/// is cut now and then; here it is short so that the end can be waited for, and still twice the keepalive interval.
-const IDLE_TIMEOUT: &str = "20s";
+/// is cut now and then; here it is as short as keepalives of 10 s ± 2 s allow, so that the end can be waited for.
+const IDLE_TIMEOUT: &str = "15s";
 /// For one step of starting: nothing here takes more than a second on an idle machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -28,6 +30,23 @@ pub struct Tunnel {
     programs: Programs,
     server: Process,
     agents: BTreeMap<String, Process>,
+}
+
+/// What the tests look at of a session.
+#[derive(Debug, Deserialize)]
+pub struct Session {
+    /// Whose.
+    pub agent: String,
+    /// Where the proxy-server sees it.
+    pub remote: SocketAddr,
+    /// `quic`
+    pub transport: String,
+    /// Open streams.
+    pub streams: usize,
+    /// Bytes that came from the agent.
+    pub bytes_in: u64,
+    /// Nothing was heard of it for a while.
+    pub suspect: bool,
 }
 
 /// The two daemons' binaries.
@@ -135,13 +154,24 @@ impl Tunnel {
     pub fn wait_session(&self, agent: &str) -> Result<()> {
         until(DEADLINE, &format!("a session of {agent}"), || {
             let sessions = self.sessions()?;
-            let good = |session: &Value| session["agent"] == agent && session["suspect"] == false;
-            let listed = sessions.as_array().is_some_and(|all| all.iter().any(good));
-            if listed {
-                Ok(())
-            } else {
-                Err(anyhow!("{sessions}"))
-            }
+            let good = |session: &Session| session.agent == agent && !session.suspect;
+            ensure!(sessions.iter().any(good), "{sessions:?}");
+            Ok(())
+        })
+    }
+
+    /// Waits until no stream is open.
+    ///
+    /// # Errors
+    /// At the deadline, with the sessions that have some.
+    pub fn wait_idle(&self) -> Result<()> {
+        until(DEADLINE, "no stream is open", || {
+            let sessions = self.sessions()?;
+            ensure!(
+                sessions.iter().all(|session| session.streams == 0),
+                "{sessions:?}"
+            );
+            Ok(())
         })
     }
 
@@ -149,10 +179,15 @@ impl Tunnel {
     ///
     /// # Errors
     /// When it does not.
-    pub fn sessions(&self) -> Result<Value> {
+    pub fn sessions(&self) -> Result<Vec<Session>> {
         let socket = self.dir.join("admin.sock").display().to_string();
         let status = self.admin(&["status", "--json", "--socket", &socket])?;
         serde_json::from_str(&status).with_context(|| format!("status is {status:?}"))
+    }
+
+    /// All daemons that run.
+    pub fn daemons(&self) -> impl Iterator<Item = &Process> {
+        std::iter::once(&self.server).chain(self.agents.values())
     }
 
     /// The agent of an edge.
@@ -163,12 +198,6 @@ impl Tunnel {
         self.agents
             .get(name)
             .ok_or_else(|| anyhow!("no agent {name}"))
-    }
-
-    /// The proxy-server.
-    #[must_use]
-    pub const fn server(&self) -> &Process {
-        &self.server
     }
 
     /// Issues a client certificate for kube-apiserver and returns the egress that uses it.

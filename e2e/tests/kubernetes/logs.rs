@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::cluster::content::{HashCheck, LineCheck, lines};
+use e2e::cluster::content::{HashCheck, LineCheck, line, lines};
 use e2e::cluster::{Cluster, NODES, Running, pods, until};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -17,20 +17,8 @@ const FOLLOWED: Duration = Duration::from_secs(60);
 /// Reads one node's 50 MB of log and compares them.
 pub(super) fn long_log(cluster: &Cluster, node: &str) -> Result<Duration> {
     let wanted = lines(node, pods::BOOK_LINES);
-    // The container may still be writing when the pod has just become ready.
-    let last = format!("{:08} {node}", pods::BOOK_LINES - 1);
     let pod = pods::name(node);
-    until(DEADLINE, "the log is written", || {
-        let tail = cluster
-            .kubectl()
-            .ok(&["logs", &pod, "-c", "book", "--tail=1"])?;
-        ensure!(
-            tail.starts_with(last.as_bytes()),
-            "{}",
-            String::from_utf8_lossy(&tail)
-        );
-        Ok(())
-    })?;
+    written(cluster, node)?;
     let start = Instant::now();
     let hash = Arc::new(Mutex::new(HashCheck::default()));
     let sink = Arc::clone(&hash);
@@ -43,6 +31,26 @@ pub(super) fn long_log(cluster: &Cluster, node: &str) -> Result<Duration> {
         .expect(wanted.as_bytes())
         .with_context(|| format!("the log of {pod}"))?;
     Ok(start.elapsed())
+}
+
+/// Waits until the container has written it all, and containerd has read it all.
+fn written(cluster: &Cluster, node: &str) -> Result<()> {
+    let pod = pods::name(node);
+    let script = format!("until [ -e {} ]; do usleep 100000; done", pods::WRITTEN);
+    let args = ["exec", &pod, "-c", "book", "--", "sh", "-c", &script];
+    cluster.kubectl().start(&args)?.finish(DEADLINE)?;
+    let last = line(node, pods::BOOK_LINES - 1) + "\n";
+    until(DEADLINE, "the log is written", || {
+        let tail = cluster
+            .kubectl()
+            .ok(&["logs", &pod, "-c", "book", "--tail=1"])?;
+        ensure!(
+            tail == last.as_bytes(),
+            "{}",
+            String::from_utf8_lossy(&tail)
+        );
+        Ok(())
+    })
 }
 
 pub(super) fn long_logs(cluster: &Cluster) -> Result<String> {

@@ -13,6 +13,7 @@ mod faults;
 mod forward;
 mod logs;
 mod metrics;
+mod upkeep;
 
 #[test]
 fn kubectl_reaches_both_nodes_through_the_tunnel() {
@@ -26,8 +27,15 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
         start.elapsed().as_secs_f64()
     ));
     let mut steps = Steps::default();
+    let open = upkeep::Open::count(&cluster).unwrap();
     over_a_unix_socket(&mut steps, &mut cluster);
+    steps.run("apiserver_gone_leaves_nothing_open", || {
+        open.compare(&mut cluster)
+    });
     over_mutual_tls(&mut steps, &mut cluster);
+    steps.run("daemons_complain_of_nothing", || {
+        upkeep::no_complaints(&cluster)
+    });
     steps.finish();
 }
 
@@ -35,6 +43,9 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
 fn over_a_unix_socket(steps: &mut Steps, cluster: &mut Cluster) {
     let followed = NODES.map(|node| logs::Followed::start(cluster, node));
     steps.run("long_logs_arrive_whole", || logs::long_logs(cluster));
+    steps.run("sessions_come_by_quic_from_behind_nat", || {
+        upkeep::sessions(cluster)
+    });
     steps.run(
         "each_of_two_nodes_with_one_address_answers_for_itself",
         || metrics::each_node_answers_for_itself(cluster),
@@ -81,7 +92,7 @@ fn over_a_unix_socket(steps: &mut Steps, cluster: &mut Cluster) {
 fn over_mutual_tls(steps: &mut Steps, cluster: &mut Cluster) {
     let started = steps.run("mtls_apiserver_starts_again", || {
         let egress = cluster.tunnel().mutual_tls()?;
-        cluster.restart_apiserver(&egress)?;
+        cluster.start_apiserver(&egress)?;
         Ok("with a client certificate of the tunnel's CA")
     });
     if !started {

@@ -56,7 +56,11 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         .enumerate()
         .filter_map(|(i, text)| read::<Destination>(&mut problems, format!("servers[{i}]"), text))
         .collect();
-    let join = join(&mut problems, file.join, over);
+    // A service manager may hand over a token to every agent; one that has a credential doesn't need it.
+    let join = match (&file.credential, &file.join) {
+        (Some(_), None) => None,
+        (Some(_) | None, Some(_)) | (None, None) => join(&mut problems, file.join, over),
+    };
     let both = join.is_some() && file.credential.is_some();
     problems.check(!both, "credential", "give either this or join, not both");
     for (i, port) in file.localhost_ports.iter().enumerate() {

@@ -232,30 +232,33 @@ fn a_wrong_configuration_exits_with_64_and_every_mistake() {
 
 #[test]
 fn the_enroll_command_says_in_a_sentence_why_not() {
-    scenario("enrol::the_enroll_command_says_in_a_sentence_why_not", async {
-        let ca = TestCa::new();
-        let server = Server::enrolling(&ca, "s1").await;
-        let enroll = async |settings: &Settings| {
-            settings.write();
-            let file = settings.file();
-            let command = move || agent(&["enroll", "--config", file.to_str().unwrap()]);
-            tokio::task::spawn_blocking(command).await.unwrap()
-        };
-        let settings = joining(&ca, &server, "abcdef.0123456789abcdef");
-        let output = enroll(&settings).await;
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("the join token is wrong"), "{said}");
-
-        let settings = joining(&ca, &server, &token(&server, "edge1"));
-        for expected in ["edge1 is enrolled; ", "edge1 is enrolled already; "] {
+    scenario(
+        "enrol::the_enroll_command_says_in_a_sentence_why_not",
+        async {
+            let ca = TestCa::new();
+            let server = Server::enrolling(&ca, "s1").await;
+            let enroll = async |settings: &Settings| {
+                settings.write();
+                let file = settings.file();
+                let command = move || agent(&["enroll", "--config", file.to_str().unwrap()]);
+                tokio::task::spawn_blocking(command).await.unwrap()
+            };
+            let settings = joining(&ca, &server, "abcdef.0123456789abcdef");
             let output = enroll(&settings).await;
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert_eq!(output.status.code(), Some(0), "{said}");
-            assert!(said.starts_with(expected), "{said}");
-        }
-        server.stop().await;
-    });
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(said.contains("the join token is wrong"), "{said}");
+
+            let settings = joining(&ca, &server, &token(&server, "edge1"));
+            for expected in ["edge1 is enrolled; ", "edge1 is enrolled already; "] {
+                let output = enroll(&settings).await;
+                let said = String::from_utf8_lossy(&output.stdout);
+                assert_eq!(output.status.code(), Some(0), "{said}");
+                assert!(said.starts_with(expected), "{said}");
+            }
+            server.stop().await;
+        },
+    );
 }
 
 #[test]
@@ -287,7 +290,10 @@ fn the_example_configuration_starts() {
         nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
         assert_eq!(peer.told().await.reason, Reason::Draining);
         assert_eq!(peer.closed().await, Reason::Draining);
-        let ended = tokio::task::spawn_blocking(move || process.wait()).await.unwrap().unwrap();
+        let ended = tokio::task::spawn_blocking(move || process.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(ended.code(), Some(0));
         drop(peer);
         server.stop().await;

@@ -1,7 +1,7 @@
 //! Streams and descriptors are bounded, and what is over the bound is refused, not broken.
 
 use certs::test_ca::TestCa;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use proto::Reason;
 use proto::transport::{SendHalf, Session};
 
@@ -73,4 +73,33 @@ fn streams_leave_descriptors_for_the_rest() {
         drop((peer, destination));
         server.stop().await;
     });
+}
+
+#[test]
+fn running_out_of_descriptors_refuses_a_stream_and_nothing_else() {
+    scenario(
+        "limits::running_out_of_descriptors_refuses_a_stream_and_nothing_else",
+        async {
+            let ca = TestCa::new();
+            let mut server = Server::new(&ca, "s1").await;
+            let agent = Settings::new(&ca, &[&server]).start();
+            let peer = server.session().await;
+            let destination = Destination::new().await;
+            let address = destination.address.to_string();
+            drop(peer.connect(&address).await);
+            drop(destination.accept().await);
+            agent.counts("corvid_streams_open", 0.0).await;
+
+            let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+            assert_eq!(peer.refusal(&address).await, Reason::FilesExhausted);
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+            drop(peer.connect(&address).await);
+            drop(destination.accept().await);
+            agent.has_sessions(1).await;
+            agent.stopped().await;
+            drop((peer, destination));
+            server.stop().await;
+        },
+    );
 }

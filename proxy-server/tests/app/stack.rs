@@ -38,13 +38,14 @@ pub(crate) struct Stack {
 
 /// `more` is added to the configuration, which has a Unix socket at `connect.sock`, mTLS and a forward proxy.
 pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
+    let drain = if more.contains("drain:") { "" } else { "drain: {minDelay: 10ms, grace: 10s}" };
     let text = format!(
         "stateDir: {d}/state\nname: proxy-1\ncertificate: {{dnsNames: [localhost], ipAddresses: [127.0.0.1]}}\n\
          backend: {{listen: ['127.0.0.1:0']}}\n\
          frontends:\n- {{type: httpConnect, listen: 'unix:{d}/connect.sock'}}\n\
          - {{type: httpConnect, listen: 'tcp:127.0.0.1:0'}}\n\
          - {{type: forwardProxy, listen: 'tcp:127.0.0.1:0', bearerTokenFile: {d}/tokens, basicAuthFile: {d}/users}}\n\
-         observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\n{more}\n",
+         observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\n{drain}\n{more}\n",
         d = dir.display(),
     );
     let file = dir.join("proxy-server.yaml");

@@ -3,16 +3,15 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::Bytes;
 use certs::test_ca::TestCa;
 use certs::{Clock, Credential, EnrollLimits, EnrollService, Own, Revocations, Store};
 use daemon::Tasks;
-use proto::control::{Control, ControlHandle, GoAway, Liveness};
+use proto::control::{Control, Liveness};
+use proto::transport::Session;
 use proto::transport::keepalive::Keepalive;
-use proto::transport::quic::{Endpoint, QuicRecv, QuicSend, QuicSession, Tuning};
-use proto::transport::{RecvHalf, SendHalf, Session, StreamError};
-use proto::wire::{Limits, ServerOffer, StreamHeader, StreamReply, encode, pb};
-use proto::{Destination, FrameReader, Reason, SessionId, read_frame_within};
+use proto::transport::quic::{Endpoint, Tuning};
+use proto::wire::{Limits, ServerOffer};
+use proto::{Reason, SessionId};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::timeout;

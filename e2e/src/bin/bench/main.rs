@@ -1,0 +1,73 @@
+//! `make bench`: Corvid beside a plain TCP splice and a TLS splice, each of two hops in two processes, in one run on
+//! one machine. Rounds are interleaved and medians shown; the load and the target share the cores with what is measured,
+//! so ratios say more than figures.
+#![expect(clippy::print_stdout, reason = "a table is the product")]
+
+mod load;
+mod memory;
+mod splice;
+mod table;
+mod tunnel;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Measures Corvid beside plain splices.
+#[derive(Debug, Parser)]
+struct Args {
+    #[command(subcommand)]
+    role: Option<Role>,
+    /// Rounds; the medians are shown.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// MiB moved in each transfer.
+    #[arg(long, default_value_t = 256)]
+    mib: u64,
+    /// Sessions for the memory of an idle one.
+    #[arg(long, default_value_t = 500)]
+    sessions: usize,
+}
+
+/// What this program is when it starts itself.
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// One hop: accepts and connects on, plain or with TLS on one side.
+    #[command(hide = true)]
+    Splice(splice::Splice),
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match args.role {
+        Some(Role::Splice(splice)) => runtime.block_on(splice.run()),
+        None => runtime.block_on(Box::pin(measure(&args))),
+    }
+}
+
+async fn measure(args: &Args) -> Result<()> {
+    let target = load::Target::start().await?;
+    let ways = [
+        tunnel::Way::plain(target.address).await?,
+        tunnel::Way::tls(target.address).await?,
+        tunnel::Way::corvid(target.address).await?,
+    ];
+    let mut results: Vec<table::Samples> = ways.iter().map(|_| table::Samples::default()).collect();
+    for round in 0..args.rounds {
+        for (way, samples) in ways.iter().zip(&mut results) {
+            load::round(way, args.mib << 20, samples).await?;
+            eprint_progress(round, args.rounds, way.name);
+        }
+    }
+    let [_, _, corvid] = &ways;
+    let streams = memory::idle_streams(corvid, 1000).await?;
+    drop(ways);
+    let sessions = memory::idle_sessions(args.sessions).await?;
+    table::print(&results, &streams, &sessions);
+    Ok(())
+}
+
+fn eprint_progress(round: usize, rounds: usize, name: &str) {
+    use std::io::Write as _;
+    writeln!(std::io::stderr(), "round {}/{rounds}: {name}", round + 1).ok(); // progress is no result
+}
