@@ -5,8 +5,8 @@
 //! egress selector, so whatever the tests see from a node came through the tunnel.
 //!
 //! Needs root, Debian's etcd, containerd, runc and CNI plug-ins, and what `e2e/kubernetes/build.sh` builds. Everything ends
-//! with the [`Cluster`], also when the test panics or is killed: see [`sandbox`]. It must not touch the machine beyond its
-//! own namespaces, cgroups and state folder.
+//! with the [`Cluster`], also when the test panics or is killed (`cluster/sandbox.rs` has the how). It must not touch the
+//! machine beyond its own namespaces, cgroups and state folder.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};

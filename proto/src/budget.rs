@@ -44,7 +44,11 @@ impl Budget {
     pub fn new(limit: u64) -> Self {
         let window = u32::try_from(limit / STREAMS_WITHIN).unwrap_or(MAX_WINDOW);
         let window = window.clamp(MIN_WINDOW, MAX_WINDOW);
-        Self(Arc::new(Inner { limit, window, stopped: Mutex::default() }))
+        Self(Arc::new(Inner {
+            limit,
+            window,
+            stopped: Mutex::default(),
+        }))
     }
 
     /// Receive window of each stream, bytes.
@@ -68,7 +72,13 @@ impl Budget {
         let mut stopped = self.0.stopped.lock();
         let id = stopped.0;
         stopped.0 += 1;
-        stopped.1.insert(id, Entry { since: now, evict: Arc::clone(&evict) });
+        stopped.1.insert(
+            id,
+            Entry {
+                since: now,
+                evict: Arc::clone(&evict),
+            },
+        );
         let over = stopped.1.len() as u64 * u64::from(self.0.window) > self.0.limit;
         if over
             && let Some(longest) = stopped.1.first_entry()
@@ -77,7 +87,11 @@ impl Budget {
             longest.remove().evict.notify_one();
         }
         drop(stopped);
-        Stopped { budget: self.clone(), id, evict }
+        Stopped {
+            budget: self.clone(),
+            id,
+            evict,
+        }
     }
 }
 
@@ -108,7 +122,11 @@ mod tests {
 
     #[test]
     fn windows_derive_from_the_budget() {
-        for (limit, window) in [(256 << 20, 1 << 20), (20 << 20, 640 << 10), (1 << 20, 64 << 10)] {
+        for (limit, window) in [
+            (256 << 20, 1 << 20),
+            (20 << 20, 640 << 10),
+            (1 << 20, 64 << 10),
+        ] {
             assert_eq!(Budget::new(limit).stream_window(), window);
         }
     }
@@ -133,6 +151,8 @@ mod tests {
     }
 
     async fn futures_pending(future: impl Future<Output = ()>) -> bool {
-        tokio::time::timeout(Duration::from_millis(1), future).await.is_err()
+        tokio::time::timeout(Duration::from_millis(1), future)
+            .await
+            .is_err()
     }
 }

@@ -119,7 +119,11 @@ impl Liveness {
     /// Heard now.
     #[must_use]
     pub fn new(keepalive: Keepalive) -> Arc<Self> {
-        Arc::new(Self { origin: Instant::now(), heard_ms: AtomicU64::new(0), keepalive })
+        Arc::new(Self {
+            origin: Instant::now(),
+            heard_ms: AtomicU64::new(0),
+            keepalive,
+        })
     }
 
     fn heard(&self) {
@@ -173,14 +177,23 @@ impl<S: Session> Control<S> {
     fn new(session: S, (mut send, recv): (S::Send, S::Recv)) -> Self {
         send.prioritise();
         let (handle, outgoing) = mpsc::channel(OUTGOING);
-        Self { session, send, reader: FrameReader::new(recv), handle, outgoing }
+        Self {
+            session,
+            send,
+            reader: FrameReader::new(recv),
+            handle,
+            outgoing,
+        }
     }
 
     /// The agent's handshake, with its time limit.
     ///
     /// # Errors
     /// [`ControlError`]; the session is closed with its reason.
-    pub async fn dial(session: S, ours: &Offer) -> Result<(Self, Accepted<ServerName>), ControlError> {
+    pub async fn dial(
+        session: S,
+        ours: &Offer,
+    ) -> Result<(Self, Accepted<ServerName>), ControlError> {
         let handshake = async {
             let stream = session.open().await.map_err(ControlError::Session)?;
             let mut control = Self::new(session.clone(), stream);
@@ -207,7 +220,10 @@ impl<S: Session> Control<S> {
             match first.body {
                 Some(Body::Hello(hello)) => Ok((control, hello)),
                 Some(
-                    Body::HelloAck(_) | Body::Keepalive(_) | Body::KeepaliveAck(_) | Body::GoAway(_),
+                    Body::HelloAck(_)
+                    | Body::Keepalive(_)
+                    | Body::KeepaliveAck(_)
+                    | Body::GoAway(_),
                 )
                 | None => Err(ControlError::Handshake(HandshakeError::Unexpected)),
             }
@@ -231,7 +247,8 @@ impl<S: Session> Control<S> {
         let (ack, accepted) = match answer_hello(hello, certified, ours, id, server_time_ms) {
             Ok(terms) => terms,
             Err(error) => {
-                self.refuse(error.reason(), error.to_string(), Duration::ZERO).await;
+                self.refuse(error.reason(), error.to_string(), Duration::ZERO)
+                    .await;
                 return Err(ControlError::Handshake(error));
             }
         };
@@ -244,7 +261,12 @@ impl<S: Session> Control<S> {
 
     /// Tells the agent why not and when to come again, then closes the session.
     pub async fn refuse(mut self, reason: Reason, detail: String, retry_after: Duration) {
-        let away = GoAway { reason, deadline: Duration::ZERO, retry_after, detail };
+        let away = GoAway {
+            reason,
+            deadline: Duration::ZERO,
+            retry_after,
+            detail,
+        };
         let session = self.session.clone();
         let told = async {
             self.write(&away.into()).await.ok()?; // a peer that is gone needs no words
@@ -263,12 +285,25 @@ impl<S: Session> Control<S> {
     }
 
     async fn write(&mut self, frame: &pb::ControlFrame) -> Result<(), ControlError> {
-        self.send.write_chunk(encode(frame)).await.map_err(ControlError::Stream)
+        self.send
+            .write_chunk(encode(frame))
+            .await
+            .map_err(ControlError::Stream)
     }
 
     /// Keeps the session alive and says how it ended. `on_go_away` is called for each GoAway of the other end.
-    pub async fn run(self, liveness: &Liveness, on_go_away: impl FnMut(GoAway) + Send) -> SessionError {
-        let Self { session, mut send, mut reader, handle, mut outgoing } = self;
+    pub async fn run(
+        self,
+        liveness: &Liveness,
+        on_go_away: impl FnMut(GoAway) + Send,
+    ) -> SessionError {
+        let Self {
+            session,
+            mut send,
+            mut reader,
+            handle,
+            mut outgoing,
+        } = self;
         liveness.heard();
         let broken = tokio::select! {
             biased;
@@ -293,7 +328,9 @@ async fn within_handshake<S: Session, T>(
     session: &S,
     handshake: impl Future<Output = Result<T, ControlError>>,
 ) -> Result<T, ControlError> {
-    let done = tokio::time::timeout(HANDSHAKE, handshake).await.unwrap_or(Err(ControlError::Timeout));
+    let done = tokio::time::timeout(HANDSHAKE, handshake)
+        .await
+        .unwrap_or(Err(ControlError::Timeout));
     if let Err(error) = &done {
         session.close(error.reason());
     }
@@ -359,6 +396,12 @@ async fn watch<S: Session>(session: &S, liveness: &Liveness) -> Reason {
             Verdict::Dead => return Reason::SessionLost,
         }
         // A keepalive does not bear on when to look, so none is due.
-        sleep(liveness.keepalive.look_in(silence, Duration::MAX).max(Duration::from_millis(10))).await;
+        sleep(
+            liveness
+                .keepalive
+                .look_in(silence, Duration::MAX)
+                .max(Duration::from_millis(10)),
+        )
+        .await;
     }
 }

@@ -156,7 +156,10 @@ mod tests {
     fn codes_and_labels_are_unique_and_read_back() {
         let codes: BTreeSet<_> = Reason::ALL.iter().map(|r| r.code()).collect();
         let labels: BTreeSet<_> = Reason::ALL.iter().map(|r| r.label()).collect();
-        assert_eq!((codes.len(), labels.len()), (Reason::ALL.len(), Reason::ALL.len()));
+        assert_eq!(
+            (codes.len(), labels.len()),
+            (Reason::ALL.len(), Reason::ALL.len())
+        );
         assert!(!codes.contains(&0), "0 means success");
         for reason in Reason::ALL {
             assert_eq!(Reason::from_code(reason.code().into()), *reason);
@@ -169,7 +172,12 @@ mod tests {
     fn every_reason_is_explained_in_the_docs() {
         let docs = include_str!("../../docs/errors.md");
         for reason in Reason::ALL {
-            let row = format!("| `{}` | {} | {} |", reason.label(), reason.code(), reason.http_status());
+            let row = format!(
+                "| `{}` | {} | {} |",
+                reason.label(),
+                reason.code(),
+                reason.http_status()
+            );
             assert!(docs.contains(&row), "docs/errors.md lacks the row {row}");
         }
     }

@@ -45,7 +45,10 @@ pub struct FrameReader<R> {
 impl<R: RecvHalf> FrameReader<R> {
     /// Reads from `recv`.
     pub fn new(recv: R) -> Self {
-        Self { recv, buffer: BytesMut::new() }
+        Self {
+            recv,
+            buffer: BytesMut::new(),
+        }
     }
 
     /// The next frame, or `None` after a FIN between frames. Cancel-safe.
@@ -58,7 +61,12 @@ impl<R: RecvHalf> FrameReader<R> {
                 return Ok(Some(message));
             }
             let mut chunk = [Bytes::new()];
-            match self.recv.read_chunks(&mut chunk).await.map_err(ReadFrameError::Stream)? {
+            match self
+                .recv
+                .read_chunks(&mut chunk)
+                .await
+                .map_err(ReadFrameError::Stream)?
+            {
                 Some(_) => self.buffer.extend_from_slice(&chunk[0]),
                 None if self.buffer.is_empty() => return Ok(None),
                 None => return Err(ReadFrameError::Frame(FrameError::Truncated)),

@@ -109,7 +109,9 @@ impl FromStr for Host {
     type Err = IdError;
 
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let bare = text
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'));
         if let Ok(ip) = bare.unwrap_or(text).parse::<IpAddr>() {
             return Ok(Self::Ip(ip.to_canonical()));
         }
@@ -159,14 +161,20 @@ impl FromStr for Destination {
         }
         match port.parse() {
             Ok(0) | Err(_) => Err(IdError::Port),
-            Ok(port) => Ok(Self { host: host.parse()?, port }),
+            Ok(port) => Ok(Self {
+                host: host.parse()?,
+                port,
+            }),
         }
     }
 }
 
 impl From<SocketAddr> for Destination {
     fn from(addr: SocketAddr) -> Self {
-        Self { host: Host::Ip(addr.ip().to_canonical()), port: addr.port() }
+        Self {
+            host: Host::Ip(addr.ip().to_canonical()),
+            port: addr.port(),
+        }
     }
 }
 
@@ -192,19 +200,44 @@ mod tests {
             ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
             ("node_1:1", "node_1:1"),
         ] {
-            assert_eq!(text.parse::<Destination>().unwrap().to_string(), shown, "{text}");
+            assert_eq!(
+                text.parse::<Destination>().unwrap().to_string(),
+                shown,
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn bad_destinations_are_refused() {
         for text in [
-            "", ":", "edge1", "edge1:", "edge1:0", "edge1:65536", "edge1:+1", "fd00::1:80", "[edge1]:80", "a b:80",
-            "-a:80", "a-:80", "a..b:80", "ü:80", "127.1:80", "4711:80", "0x7f000001:80", "10.0.0.0x1:80", "user@edge1:80",
+            "",
+            ":",
+            "edge1",
+            "edge1:",
+            "edge1:0",
+            "edge1:65536",
+            "edge1:+1",
+            "fd00::1:80",
+            "[edge1]:80",
+            "a b:80",
+            "-a:80",
+            "a-:80",
+            "a..b:80",
+            "ü:80",
+            "127.1:80",
+            "4711:80",
+            "0x7f000001:80",
+            "10.0.0.0x1:80",
+            "user@edge1:80",
         ] {
             assert!(text.parse::<Destination>().is_err(), "{text}");
         }
-        assert!(format!("{}:1", "a".repeat(64)).parse::<Destination>().is_err());
+        assert!(
+            format!("{}:1", "a".repeat(64))
+                .parse::<Destination>()
+                .is_err()
+        );
     }
 
     #[test]

@@ -103,7 +103,12 @@ pub async fn relay<S: SendHalf, R: RecvHalf, I: AsyncRead + AsyncWrite + Unpin +
     let (mut reader, mut writer) = tokio::io::split(local);
     let ended = {
         let mut up = pin!(into_tunnel(settings, &mut reader, send, early.from_local));
-        let mut down = pin!(out_of_tunnel(settings, recv, &mut writer, early.from_tunnel));
+        let mut down = pin!(out_of_tunnel(
+            settings,
+            recv,
+            &mut writer,
+            early.from_tunnel
+        ));
         let mut stop = pin!(stop);
         let (mut up_done, mut down_done) = (false, false);
         loop {
@@ -162,11 +167,16 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
     early: Bytes,
 ) -> Result<(), Reason> {
     let count = |n: usize| {
-        settings.counters.sent.fetch_add(n as u64, Ordering::Relaxed);
+        settings
+            .counters
+            .sent
+            .fetch_add(n as u64, Ordering::Relaxed);
     };
     if !early.is_empty() {
         count(early.len());
-        to.write_chunk(early).await.map_err(|error| error.reason())?;
+        to.write_chunk(early)
+            .await
+            .map_err(|error| error.reason())?;
     }
     let mut capacity = SMALL_READ;
     let mut buffer = BytesMut::new();
@@ -176,7 +186,10 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             buffer.reserve(capacity);
         }
         let offered = buffer.capacity();
-        let read = from.read_buf(&mut buffer).await.map_err(|_cut| settings.local.cut())?;
+        let read = from
+            .read_buf(&mut buffer)
+            .await
+            .map_err(|_cut| settings.local.cut())?;
         if read == 0 {
             return to.finish().map_err(|error| error.reason());
         }
@@ -186,7 +199,9 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             _ => capacity,
         };
         count(read);
-        to.write_chunk(buffer.split().freeze()).await.map_err(|error| error.reason())?;
+        to.write_chunk(buffer.split().freeze())
+            .await
+            .map_err(|error| error.reason())?;
     }
 }
 
@@ -209,7 +224,11 @@ async fn out_of_tunnel<R: RecvHalf, I: AsyncWrite + Unpin>(
             let pending = chunks.get_mut(..filled).unwrap_or_default();
             write_out(settings, to, pending).await?;
         }
-        match from.read_chunks(&mut chunks).await.map_err(|error| error.reason())? {
+        match from
+            .read_chunks(&mut chunks)
+            .await
+            .map_err(|error| error.reason())?
+        {
             Some(count) => filled = count,
             None => return to.shutdown().await.map_err(|_cut| settings.local.cut()),
         }
@@ -252,12 +271,17 @@ async fn write_chunks<I: AsyncWrite + Unpin>(
         for (slice, chunk) in slices.iter_mut().zip(rest.iter()) {
             *slice = IoSlice::new(chunk);
         }
-        let used = slices.get(..rest.len().min(READ_CHUNKS)).unwrap_or_default();
+        let used = slices
+            .get(..rest.len().min(READ_CHUNKS))
+            .unwrap_or_default();
         let mut wrote = poll_fn(|cx| Pin::new(&mut *to).poll_write_vectored(cx, used)).await?;
         if wrote == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
-        settings.counters.received.fetch_add(wrote as u64, Ordering::Relaxed);
+        settings
+            .counters
+            .received
+            .fetch_add(wrote as u64, Ordering::Relaxed);
         for chunk in rest.iter_mut() {
             let taken = wrote.min(chunk.len());
             // Freed as soon as it is written: the transport then gives its credit back.

@@ -109,13 +109,11 @@ pub trait Session: Clone + Debug + Send + Sync + 'static {
     type Recv: RecvHalf;
 
     /// Opens a stream towards the peer; waits while the peer's stream limit is reached.
-    fn open(&self)
-    -> impl Future<Output = Result<(Self::Send, Self::Recv), SessionError>> + Send;
+    fn open(&self) -> impl Future<Output = Result<(Self::Send, Self::Recv), SessionError>> + Send;
 
     /// Takes the next stream that the peer opened. Cancel-safe.
-    fn accept(
-        &self,
-    ) -> impl Future<Output = Result<(Self::Send, Self::Recv), SessionError>> + Send;
+    fn accept(&self)
+    -> impl Future<Output = Result<(Self::Send, Self::Recv), SessionError>> + Send;
 
     /// Ends the session and all its streams at once.
     fn close(&self, reason: Reason);
@@ -140,10 +138,8 @@ pub trait SendHalf: Debug + Send + 'static {
     ///
     /// # Errors
     /// When the stream or session is over.
-    fn write_chunk(
-        &mut self,
-        chunk: Bytes,
-    ) -> impl Future<Output = Result<(), StreamError>> + Send;
+    fn write_chunk(&mut self, chunk: Bytes)
+    -> impl Future<Output = Result<(), StreamError>> + Send;
 
     /// Ends this way with a FIN behind what was written.
     ///

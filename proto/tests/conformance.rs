@@ -1,6 +1,11 @@
 //! One suite over every transport: the rules of `proto::transport`, each as a test.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -84,7 +89,9 @@ impl Transport for Quic {
 }
 
 fn pattern(length: usize) -> Bytes {
-    (0..length).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect()
+    (0..length)
+        .map(|i| u8::try_from(i * 7 % 251).unwrap())
+        .collect()
 }
 
 async fn read_to_end<R: RecvHalf>(recv: &mut R) -> Result<Vec<u8>, StreamError> {
@@ -102,7 +109,10 @@ async fn read_exactly<R: RecvHalf>(recv: &mut R, length: usize) -> Vec<u8> {
     let mut all = Vec::new();
     let mut chunks = [Bytes::new()];
     while all.len() < length {
-        recv.read_chunks(&mut chunks).await.unwrap().expect("not yet the end");
+        recv.read_chunks(&mut chunks)
+            .await
+            .unwrap()
+            .expect("not yet the end");
         all.extend_from_slice(&chunks[0]);
     }
     all
@@ -123,7 +133,9 @@ async fn bytes_arrive_in_order<T: Transport>() {
     let data = pattern(3 << 20);
     let write = async {
         for piece in data.chunks(10_007) {
-            send.write_chunk(Bytes::copy_from_slice(piece)).await.unwrap();
+            send.write_chunk(Bytes::copy_from_slice(piece))
+                .await
+                .unwrap();
         }
         send.finish().unwrap();
     };
@@ -136,7 +148,10 @@ async fn each_half_closes_on_its_own<T: Transport>() {
     let ((mut send, mut back), (mut answer, mut recv)) = stream(&a, &b).await;
     send.finish().unwrap();
     assert_eq!(read_to_end(&mut recv).await.unwrap(), b"");
-    answer.write_chunk(Bytes::from_static(b"late")).await.unwrap();
+    answer
+        .write_chunk(Bytes::from_static(b"late"))
+        .await
+        .unwrap();
     answer.finish().unwrap();
     assert_eq!(read_to_end(&mut back).await.unwrap(), b"late");
 }
@@ -146,8 +161,16 @@ async fn a_reset_ends_both_ways_with_its_reason<T: Transport>() {
     let ((mut send, mut back), (mut answer, mut recv)) = stream(&a, &b).await;
     send.reset(Reason::SlowReader);
     let reset = StreamError::Reset(Reason::SlowReader);
-    assert_eq!(read_to_end(&mut back).await.unwrap_err(), reset, "own receiving half");
-    assert_eq!(read_to_end(&mut recv).await.unwrap_err(), reset, "the peer's receiving half");
+    assert_eq!(
+        read_to_end(&mut back).await.unwrap_err(),
+        reset,
+        "own receiving half"
+    );
+    assert_eq!(
+        read_to_end(&mut recv).await.unwrap_err(),
+        reset,
+        "the peer's receiving half"
+    );
     drop((send, back));
     let refused = loop {
         if let Err(error) = answer.write_chunk(pattern(1000)).await {
@@ -174,7 +197,10 @@ async fn a_half_dropped_unfinished_is_a_reset<T: Transport>() {
     let ((mut send, _back), (_answer, mut recv)) = stream(&a, &b).await;
     send.write_chunk(pattern(100)).await.unwrap();
     drop(send);
-    assert_eq!(read_to_end(&mut recv).await.unwrap_err(), StreamError::Reset(Reason::Cancelled));
+    assert_eq!(
+        read_to_end(&mut recv).await.unwrap_err(),
+        StreamError::Reset(Reason::Cancelled)
+    );
 }
 
 async fn a_finished_half_may_be_dropped<T: Transport>() {
@@ -193,9 +219,18 @@ async fn stopped_readers_hold_back_no_other_stream_and_little_memory<T: Transpor
         let ((mut send, back), far) = stream(&a, &b).await;
         let mut taken = 0_usize;
         // Until credit is used up; nobody reads at the other side.
-        while tokio::time::timeout(Duration::from_millis(20), send.write_chunk(pattern(8 << 10))).await.is_ok() {
+        while tokio::time::timeout(
+            Duration::from_millis(20),
+            send.write_chunk(pattern(8 << 10)),
+        )
+        .await
+        .is_ok()
+        {
             taken += 8 << 10;
-            assert!(taken < 40 * WINDOW as usize, "an unread stream takes bytes without end");
+            assert!(
+                taken < 40 * WINDOW as usize,
+                "an unread stream takes bytes without end"
+            );
         }
         stopped.push((send, back, far));
     }
@@ -203,12 +238,16 @@ async fn stopped_readers_hold_back_no_other_stream_and_little_memory<T: Transpor
     let data = pattern(8 << 20);
     let write = async {
         for piece in data.chunks(64 << 10) {
-            send.write_chunk(Bytes::copy_from_slice(piece)).await.unwrap();
+            send.write_chunk(Bytes::copy_from_slice(piece))
+                .await
+                .unwrap();
         }
         send.finish().unwrap();
     };
     let both = async { tokio::join!(read_to_end(&mut recv), write) };
-    let (read, ()) = tokio::time::timeout(DEADLINE, both).await.expect("64 stopped readers stall another");
+    let (read, ()) = tokio::time::timeout(DEADLINE, both)
+        .await
+        .expect("64 stopped readers stall another");
     assert!(read.unwrap() == data);
     drop(stopped);
 }
@@ -222,7 +261,9 @@ async fn the_stream_limit_makes_openers_wait<T: Transport>() {
     let more = tokio::time::timeout(Duration::from_millis(200), a.open()).await;
     assert!(more.is_err(), "a stream beyond the limit");
     all.truncate(1);
-    tokio::time::timeout(DEADLINE, stream(&a, &b)).await.expect("room again");
+    tokio::time::timeout(DEADLINE, stream(&a, &b))
+        .await
+        .expect("room again");
 }
 
 async fn closing_tells_the_peer_why_and_ends_its_streams<T: Transport>() {
@@ -240,7 +281,10 @@ fn offer() -> Offer {
         agent: "edge1".parse().unwrap(),
         software: "test".into(),
         capabilities: vec![],
-        limits: Limits { max_streams: STREAMS, stream_window: WINDOW.into() },
+        limits: Limits {
+            max_streams: STREAMS,
+            stream_window: WINDOW.into(),
+        },
         instance: "i".into(),
     }
 }
@@ -250,7 +294,10 @@ fn server_offer() -> ServerOffer {
         server: "proxy".parse().unwrap(),
         software: "test".into(),
         capabilities: vec![],
-        limits: Limits { max_streams: 16, stream_window: WINDOW.into() },
+        limits: Limits {
+            max_streams: 16,
+            stream_window: WINDOW.into(),
+        },
     }
 }
 
@@ -258,14 +305,19 @@ async fn serve_hello<S: Session>(server: S, certified: &str) -> Result<Control<S
     let (control, hello) = Control::accept(server).await?;
     let id = proto::SessionId::random();
     let name = certified.parse().unwrap();
-    Ok(control.answer(&hello, &name, &server_offer(), id, 42).await?.0)
+    Ok(control
+        .answer(&hello, &name, &server_offer(), id, 42)
+        .await?
+        .0)
 }
 
 async fn a_go_away_arrives_and_streams_go_on<T: Transport>() {
     let (server, agent, _keep) = T::pair(DEADLINE).await;
     let ours = offer();
-    let (accepted, dialled) =
-        tokio::join!(serve_hello(server.clone(), "edge1"), Control::dial(agent.clone(), &ours));
+    let (accepted, dialled) = tokio::join!(
+        serve_hello(server.clone(), "edge1"),
+        Control::dial(agent.clone(), &ours)
+    );
     let (at_server, (at_agent, terms)) = (accepted.unwrap(), dialled.unwrap());
     assert_eq!((terms.peer.as_str(), terms.server_time_ms), ("proxy", 42));
     let away = GoAway {
@@ -275,8 +327,10 @@ async fn a_go_away_arrives_and_streams_go_on<T: Transport>() {
         detail: "upgrade".into(),
     };
     let (seen, mut told) = tokio::sync::mpsc::channel(1);
-    let (live_a, live_b) =
-        (Liveness::new(Keepalive::default()), Liveness::new(Keepalive::default()));
+    let (live_a, live_b) = (
+        Liveness::new(Keepalive::default()),
+        Liveness::new(Keepalive::default()),
+    );
     assert!(at_server.handle().go_away(away.clone()));
     let work = async {
         assert_eq!(told.recv().await.unwrap(), away);
@@ -303,10 +357,18 @@ async fn an_agent_of_another_name_is_told_and_refused<T: Transport>() {
 }
 
 async fn garbage_on_the_control_stream_ends_the_session<T: Transport>() {
-    for garbage in [&b"\xff\xff\xff\xff"[..], b"\x05\xff\xff\xff\xff\xff", b"\x00"] {
+    for garbage in [
+        &b"\xff\xff\xff\xff"[..],
+        b"\x05\xff\xff\xff\xff\xff",
+        b"\x00",
+    ] {
         let (server, agent, _keep) = T::pair(DEADLINE).await;
         let mut control = agent.open().await.unwrap();
-        control.0.write_chunk(Bytes::copy_from_slice(garbage)).await.unwrap();
+        control
+            .0
+            .write_chunk(Bytes::copy_from_slice(garbage))
+            .await
+            .unwrap();
         let refused = Control::accept(server).await.unwrap_err();
         assert_eq!(refused.reason(), Reason::Protocol, "{garbage:?}");
         assert_eq!(agent.closed().await, SessionError::Peer(Reason::Protocol));
@@ -316,17 +378,26 @@ async fn garbage_on_the_control_stream_ends_the_session<T: Transport>() {
 async fn a_truncated_hello_ends_the_session<T: Transport>() {
     let (server, agent, _keep) = T::pair(DEADLINE).await;
     let mut control = agent.open().await.unwrap();
-    control.0.write_chunk(Bytes::from_static(b"\x20\x0a")).await.unwrap();
+    control
+        .0
+        .write_chunk(Bytes::from_static(b"\x20\x0a"))
+        .await
+        .unwrap();
     control.0.finish().unwrap();
-    assert_eq!(Control::accept(server).await.unwrap_err().reason(), Reason::Protocol);
+    assert_eq!(
+        Control::accept(server).await.unwrap_err().reason(),
+        Reason::Protocol
+    );
     assert_eq!(agent.closed().await, SessionError::Peer(Reason::Protocol));
 }
 
 async fn a_silent_peer_is_dead<T: Transport>() {
     let (server, agent, _keep) = T::pair(DEADLINE).await;
     let ours = offer();
-    let (accepted, dialled) =
-        tokio::join!(serve_hello(server, "edge1"), Control::dial(agent.clone(), &ours));
+    let (accepted, dialled) = tokio::join!(
+        serve_hello(server, "edge1"),
+        Control::dial(agent.clone(), &ours)
+    );
     let _never_run = dialled.unwrap();
     let fast = Keepalive {
         interval: Duration::from_millis(50),
@@ -335,9 +406,14 @@ async fn a_silent_peer_is_dead<T: Transport>() {
         nudge_every: Duration::from_millis(50),
     };
     let live = Liveness::new(fast);
-    let end = tokio::time::timeout(DEADLINE, accepted.unwrap().run(&live, |_| ())).await.unwrap();
+    let end = tokio::time::timeout(DEADLINE, accepted.unwrap().run(&live, |_| ()))
+        .await
+        .unwrap();
     assert_eq!(end, SessionError::Local(Reason::SessionLost));
-    assert_eq!(agent.closed().await, SessionError::Peer(Reason::SessionLost));
+    assert_eq!(
+        agent.closed().await,
+        SessionError::Peer(Reason::SessionLost)
+    );
 }
 
 macro_rules! suite {
@@ -379,6 +455,9 @@ async fn a_cut_line_ends_every_stream() {
     let (a, b, ()) = Memory::pair(DEADLINE).await;
     let (_near, (_answer, mut recv)) = stream(&a, &b).await;
     a.cut();
-    assert_eq!(read_to_end(&mut recv).await.unwrap_err(), StreamError::Session(SessionError::Silent));
+    assert_eq!(
+        read_to_end(&mut recv).await.unwrap_err(),
+        StreamError::Session(SessionError::Silent)
+    );
     assert_eq!(a.closed().await, SessionError::Silent);
 }

@@ -4,7 +4,10 @@ use proto::wire::pb::control_frame::Body;
 use proto::wire::{encode, pb};
 
 fn hex(message: &impl prost::Message) -> String {
-    encode(message).iter().map(|byte| format!("{byte:02x}")).collect()
+    encode(message)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn control(body: Body) -> String {
@@ -12,7 +15,10 @@ fn control(body: Body) -> String {
 }
 
 fn limits() -> Option<pb::Limits> {
-    Some(pb::Limits { max_streams: 4096, stream_window: 1 << 20 })
+    Some(pb::Limits {
+        max_streams: 4096,
+        stream_window: 1 << 20,
+    })
 }
 
 #[test]
@@ -43,18 +49,32 @@ fn hello_ack() {
         limits: limits(),
         server_time_ms: 1,
     };
-    assert_eq!(control(Body::HelloAck(ack)), "18121608011201731a01702201783207088020108080403801");
+    assert_eq!(
+        control(Body::HelloAck(ack)),
+        "18121608011201731a01702201783207088020108080403801"
+    );
 }
 
 #[test]
 fn keepalives() {
-    assert_eq!(control(Body::Keepalive(pb::Keepalive { sequence: 300 })), "051a0308ac02");
-    assert_eq!(control(Body::KeepaliveAck(pb::KeepaliveAck { sequence: 300 })), "05220308ac02");
+    assert_eq!(
+        control(Body::Keepalive(pb::Keepalive { sequence: 300 })),
+        "051a0308ac02"
+    );
+    assert_eq!(
+        control(Body::KeepaliveAck(pb::KeepaliveAck { sequence: 300 })),
+        "05220308ac02"
+    );
 }
 
 #[test]
 fn go_away() {
-    let away = pb::GoAway { reason: 5, deadline_ms: 30_000, retry_after_ms: 1, detail: "d".into() };
+    let away = pb::GoAway {
+        reason: 5,
+        deadline_ms: 30_000,
+        retry_after_ms: 1,
+        detail: "d".into(),
+    };
     assert_eq!(control(Body::GoAway(away)), "0d2a0b080510b0ea011801220164");
 }
 
@@ -71,6 +91,18 @@ fn stream_header() {
 
 #[test]
 fn stream_reply() {
-    assert_eq!(hex(&pb::StreamReply { reason: 0, detail: String::new() }), "00");
-    assert_eq!(hex(&pb::StreamReply { reason: 49, detail: "no".into() }), "06083112026e6f");
+    assert_eq!(
+        hex(&pb::StreamReply {
+            reason: 0,
+            detail: String::new()
+        }),
+        "00"
+    );
+    assert_eq!(
+        hex(&pb::StreamReply {
+            reason: 49,
+            detail: "no".into()
+        }),
+        "06083112026e6f"
+    );
 }

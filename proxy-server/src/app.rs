@@ -98,7 +98,11 @@ impl App {
     /// # Errors
     /// What could not be opened, read or bound.
     pub fn bind(config: Config, environment: Environment) -> anyhow::Result<Bound> {
-        let Environment { source, log, reload } = environment;
+        let Environment {
+            source,
+            log,
+            reload,
+        } = environment;
         let daemon_metrics = daemon::Metrics::new(env!("CARGO_PKG_VERSION"));
         let metrics = Metrics::new(&daemon_metrics);
         let authority = Arc::new(Authority::open(&config)?);
@@ -137,7 +141,8 @@ impl App {
             sessions_per_agent: config.limits.sessions_per_agent,
             tasks: Tasks::new(),
         });
-        let tls = tunnel_server_quic(&authority.own, &authority.revoked).context("TLS of the tunnel")?;
+        let tls =
+            tunnel_server_quic(&authority.own, &authority.revoked).context("TLS of the tunnel")?;
         let pauses = daemon_metrics.accept_pauses();
         let options = |max_connections| BindOptions {
             max_connections,
@@ -146,9 +151,11 @@ impl App {
         };
         let mut endpoints = Vec::new();
         for address in &config.backend.listen {
-            endpoints.push(bind_backend(*address, || options(MAX_ENROLMENTS), |address| {
-                Endpoint::listen(address, Arc::clone(&tls), tuning)
-            })?);
+            endpoints.push(bind_backend(
+                *address,
+                || options(MAX_ENROLMENTS),
+                |address| Endpoint::listen(address, Arc::clone(&tls), tuning),
+            )?);
         }
         let streams = Tasks::new();
         let (mut doors, mut frontends, mut changeable) = (Vec::new(), Vec::new(), Vec::new());
@@ -162,8 +169,7 @@ impl App {
                 .with_context(|| format!("listen on {listen}"))?;
             frontends.push(listener.bound().clone());
             let tls = live(frontend_tls(&authority.own, frontend)?);
-            let (door, proxy) =
-                open_door(frontend, listener, tls.clone(), &forwarder, &streams)?;
+            let (door, proxy) = open_door(frontend, listener, tls.clone(), &forwarder, &streams)?;
             doors.push(door);
             changeable.push(Changeable { tls, proxy });
         }
@@ -179,10 +185,17 @@ impl App {
         let enrolment = Enrolment::new(&authority, &config, stop_enrolment.clone())
             .context("TLS of the enrolment")?;
         Ok(Bound {
-            backend: endpoints.iter().filter_map(|(_, tcp)| tcp.bound().tcp()).collect(),
+            backend: endpoints
+                .iter()
+                .filter_map(|(_, tcp)| tcp.bound().tcp())
+                .collect(),
             frontends,
             observe: http.0.bound().clone(),
-            admin: http.1.iter().map(|endpoint| endpoint.bound().clone()).collect(),
+            admin: http
+                .1
+                .iter()
+                .map(|endpoint| endpoint.bound().clone())
+                .collect(),
             registry: forwarder.registry.clone(),
             reloader: Reloader {
                 source,
@@ -215,14 +228,24 @@ fn open_door(
     let forwarder = Arc::clone(forwarder);
     match (frontend, tls) {
         (Frontend::HttpConnect { default, .. }, tls) => {
-            let door = HttpConnect { forwarder, tls, elsewhere: *default };
+            let door = HttpConnect {
+                forwarder,
+                tls,
+                elsewhere: *default,
+            };
             Ok((Door::Connect(listener, Arc::new(door)), None))
         }
         (Frontend::ForwardProxy { .. }, Some(tls)) => {
             let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
             let pool = Pool::new(Arc::clone(&forwarder), streams);
             let tasks = streams.clone();
-            let proxy = Arc::new(ForwardProxy { forwarder, tls, credentials, pool, tasks });
+            let proxy = Arc::new(ForwardProxy {
+                forwarder,
+                tls,
+                credentials,
+                pool,
+                tasks,
+            });
             Ok((Door::Proxy(listener, Arc::clone(&proxy)), Some(proxy)))
         }
         (Frontend::ForwardProxy { listen, .. }, None) => {
@@ -242,7 +265,10 @@ fn bind_backend(
         tries -= 1;
         let tcp = Listener::bind_with(&Listen::Tcp(address), options())
             .with_context(|| format!("listen on {address}/tcp"))?;
-        let port = tcp.bound().tcp().map_or_else(|| address.port(), |bound| bound.port());
+        let port = tcp
+            .bound()
+            .tcp()
+            .map_or_else(|| address.port(), |bound| bound.port());
         match listen(SocketAddr::new(address.ip(), port)) {
             Ok(udp) => return Ok((udp, tcp)),
             Err(error) if tries == 0 => return Err(error.into()),
@@ -273,20 +299,38 @@ impl Bound {
         let (service, ops, streams) = (Tasks::new(), Tasks::new(), self.streams.clone());
         let drain = self.config.drain;
 
-        serve_http(&self.config, self.http, &readiness, &[&service, &backend.tasks], &ops, (self.metrics, self.reloader.log.clone()), &forwarder);
+        serve_http(
+            &self.config,
+            self.http,
+            &readiness,
+            &[&service, &backend.tasks],
+            &ops,
+            (self.metrics, self.reloader.log.clone()),
+            &forwarder,
+        );
         let authority = Arc::clone(&self.reloader.authority);
-        for_ever(&service, "renewal", authority.keep_renewed(Arc::clone(&forwarder.metrics)));
+        for_ever(
+            &service,
+            "renewal",
+            authority.keep_renewed(Arc::clone(&forwarder.metrics)),
+        );
         for_ever(&service, "gauges", gauges(Arc::clone(&forwarder)));
         for_ever(&service, "reload", self.reloader.run(self.reload));
         let udp: Vec<Endpoint> = self.endpoints.iter().map(|(udp, _)| udp.clone()).collect();
         for (endpoint, tcp) in self.endpoints {
             tracing::info!(address = %tcp.bound(), "agents: QUIC on udp, enrolment on tcp");
             service.critical("backend", Arc::clone(&backend).accept(endpoint));
-            let (enrolment, tasks, stop) =
-                (Arc::clone(&self.enrolment), backend.tasks.clone(), self.stop_enrolment.clone());
+            let (enrolment, tasks, stop) = (
+                Arc::clone(&self.enrolment),
+                backend.tasks.clone(),
+                self.stop_enrolment.clone(),
+            );
             service.critical("enrolment", async move {
                 let serve = move |stream, peer| Arc::clone(&enrolment).serve(stream, peer);
-                log_end("enrolment", tcp.serve("enrolment", &tasks, stop, serve).await);
+                log_end(
+                    "enrolment",
+                    tcp.serve("enrolment", &tasks, stop, serve).await,
+                );
             });
         }
         let stop_requests = CancellationToken::new();
@@ -309,7 +353,11 @@ impl Bound {
         };
         daemon::sd::stopping();
         readiness.begin_drain();
-        tracing::info!(sessions = forwarder.registry.len(), streams = streams.len(), "stopping");
+        tracing::info!(
+            sessions = forwarder.registry.len(),
+            streams = streams.len(),
+            "stopping"
+        );
         let stopping = async {
             backend.go_away(drain.min_delay + drain.grace);
             sleep(drain.min_delay).await;
@@ -350,12 +398,18 @@ impl Door {
             Self::Connect(listener, door) => {
                 tracing::info!(listen = %listener.bound(), direct = door.elsewhere == Elsewhere::Direct, "requests: HTTP CONNECT");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
-                log_end("frontend", listener.serve("request", tasks, stop, serve).await);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
             }
             Self::Proxy(listener, door) => {
                 tracing::info!(listen = %listener.bound(), "requests: forward proxy");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
-                log_end("frontend", listener.serve("request", tasks, stop, serve).await);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
             }
         }
     }

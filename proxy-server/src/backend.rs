@@ -125,7 +125,11 @@ impl Backend {
                 Some((Arc::new(session), (control, peer)))
             }
             Err(error) => {
-                refused(error.reason(), agent.as_str(), &daemon::chain(&error).to_string());
+                refused(
+                    error.reason(),
+                    agent.as_str(),
+                    &daemon::chain(&error).to_string(),
+                );
                 None
             }
         }
@@ -140,8 +144,12 @@ impl Backend {
         if let Err(wait) = self.forwarder.limits.admit() {
             let retry_after = wait + SPREAD.mul_f64(rand::random());
             let detail = "too many agents at once".to_owned();
-            control.refuse(Reason::Overloaded, detail, retry_after).await;
-            return Err(ControlError::Session(SessionError::Local(Reason::Overloaded)));
+            control
+                .refuse(Reason::Overloaded, detail, retry_after)
+                .await;
+            return Err(ControlError::Session(SessionError::Local(
+                Reason::Overloaded,
+            )));
         }
         let id = SessionId::random();
         let now = i64::try_from(unix(&self.clock).as_millis()).unwrap_or(i64::MAX);
@@ -176,8 +184,16 @@ impl Backend {
         };
         let reason = end.reason();
         metrics.sessions.dec();
-        metrics.sessions_ended.get_or_create(&ReasonLabels { reason: reason.label() }).inc();
-        registration.lost(Lost { at: std::time::UNIX_EPOCH + unix(&self.clock), reason });
+        metrics
+            .sessions_ended
+            .get_or_create(&ReasonLabels {
+                reason: reason.label(),
+            })
+            .inc();
+        registration.lost(Lost {
+            at: std::time::UNIX_EPOCH + unix(&self.clock),
+            reason,
+        });
         tracing::info!(agent = %session.agent, session = %session.id, %remote, reason = reason.label(), "session down");
     }
 
@@ -196,8 +212,12 @@ impl Backend {
                 });
             }
             old.control.probe();
+            let stopping = self.tasks.stopping();
             self.tasks.spawn("probe", async move {
-                sleep(PROBE).await;
+                tokio::select! {
+                    () = sleep(PROBE) => {}
+                    () = stopping.cancelled() => return,
+                }
                 if old.liveness.silence() >= PROBE {
                     // Its agent was killed and has started again: nothing will come any more.
                     old.transport.close(Reason::Replaced);
@@ -208,16 +228,16 @@ impl Backend {
 
     /// Resolves when the session is older than its leaf may be.
     async fn outlived(&self, session: &LiveSession<QuicSession>, peer: &Peer) -> Reason {
-        let left = |until: Duration| until.saturating_sub(unix(&self.clock));
         let not_after = Duration::from_secs(peer.not_after.as_secs());
-        sleep(left(not_after)).await;
+        let (told, closed) = leaf_schedule(unix(&self.clock), not_after);
+        sleep(told).await;
         session.go_away(GoAway {
             reason: Reason::CertificateExpired,
             deadline: LEAF_GRACE,
             retry_after: Duration::ZERO,
             detail: "the session's certificate is over".to_owned(),
         });
-        sleep(left(not_after + LEAF_GRACE)).await;
+        sleep(closed - told).await;
         Reason::CertificateExpired
     }
 
@@ -254,7 +274,19 @@ impl Backend {
 /// What the server accepts from an agent.
 #[must_use]
 pub fn stream_limits(stream_window: u32, max_streams: u32) -> StreamLimits {
-    StreamLimits { max_streams, stream_window: stream_window.into() }
+    StreamLimits {
+        max_streams,
+        stream_window: stream_window.into(),
+    }
+}
+
+/// From now until the agent is told that its leaf is over, and until its session is closed.
+fn leaf_schedule(now: Duration, not_after: Duration) -> (Duration, Duration) {
+    let told = not_after.saturating_sub(now);
+    (
+        told,
+        told + LEAF_GRACE.saturating_sub(now.saturating_sub(not_after)),
+    )
 }
 
 fn unix(clock: &Clock) -> Duration {
@@ -269,6 +301,35 @@ fn identity(transport: &QuicSession) -> Result<(Peer, AgentName), HandshakeFailu
     if peer.identity.role != Role::Agent {
         return Err(HandshakeFailure::WrongRole);
     }
-    let agent = peer.identity.name.as_str().parse().map_err(|_error| HandshakeFailure::WrongName)?;
+    let agent = peer
+        .identity
+        .name
+        .as_str()
+        .parse()
+        .map_err(|_error| HandshakeFailure::WrongName)?;
     Ok((peer, agent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_outlives_its_leaf_by_an_hour_at_most() {
+        let minutes = |m: u64| Duration::from_secs(m * 60);
+        for (now, not_after, told, closed) in [
+            (0, 600, 600, 660),
+            (600, 600, 0, 60),
+            (630, 600, 0, 30),
+            (660, 600, 0, 0),
+            (900, 600, 0, 0),
+        ] {
+            let schedule = leaf_schedule(minutes(now), minutes(not_after));
+            assert_eq!(
+                schedule,
+                (minutes(told), minutes(closed)),
+                "{now} {not_after}"
+            );
+        }
+    }
 }

@@ -52,7 +52,11 @@ enum Command {
 #[derive(Debug, Args)]
 struct ConfigArgs {
     /// The configuration file.
-    #[arg(long, env = "CORVID_CONFIG", default_value = "/etc/corvid/proxy-server.yaml")]
+    #[arg(
+        long,
+        env = "CORVID_CONFIG",
+        default_value = "/etc/corvid/proxy-server.yaml"
+    )]
     config: PathBuf,
     /// CA and token store, in place of `stateDir`.
     #[arg(long, env = "CORVID_STATE_DIR")]
@@ -83,7 +87,11 @@ impl ConfigArgs {
 #[derive(Debug, Args)]
 pub struct StateArgs {
     /// The configuration file that names the state directory.
-    #[arg(long, env = "CORVID_CONFIG", default_value = "/etc/corvid/proxy-server.yaml")]
+    #[arg(
+        long,
+        env = "CORVID_CONFIG",
+        default_value = "/etc/corvid/proxy-server.yaml"
+    )]
     pub config: PathBuf,
     /// The state directory itself; no configuration file is read then.
     #[arg(long, env = "CORVID_STATE_DIR")]
@@ -199,17 +207,23 @@ pub fn main(cli: Cli) -> Exit {
         Command::Cert(CertCommand::Show { state, json }) => {
             commands::finish(commands::cert_show(&state, json))
         }
-        Command::Cert(CertCommand::Issue { state, client, days, out }) => {
-            commands::finish(commands::cert_issue(&state, &client, days, &out))
-        }
+        Command::Cert(CertCommand::Issue {
+            state,
+            client,
+            days,
+            out,
+        }) => commands::finish(commands::cert_issue(&state, &client, days, &out)),
     }
 }
 
 fn token(command: TokenCommand) -> anyhow::Result<String> {
     match command {
-        TokenCommand::Create { state, ttl, uses, agents } => {
-            commands::token_create(&state, &certs::NewToken { ttl, uses, agents })
-        }
+        TokenCommand::Create {
+            state,
+            ttl,
+            uses,
+            agents,
+        } => commands::token_create(&state, &certs::NewToken { ttl, uses, agents }),
         TokenCommand::List { state, json } => commands::token_list(&state, json),
         TokenCommand::Revoke { state, id } => commands::token_revoke(&state, &id),
     }
@@ -227,7 +241,10 @@ fn run(args: &ConfigArgs) -> Exit {
     };
     let files = daemon::limits::raise_nofile();
     tracing::debug!(files, "limit of descriptors");
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return commands::fail(&error, Exit::Failed),
     };
@@ -236,8 +253,15 @@ fn run(args: &ConfigArgs) -> Exit {
             Ok(signals) => signals,
             Err(error) => return commands::fail(&error, Exit::Failed),
         };
-        let source = Source { file: Some(args.config.clone()), overrides };
-        let environment = Environment { source, log, reload: signals.reload() };
+        let source = Source {
+            file: Some(args.config.clone()),
+            overrides,
+        };
+        let environment = Environment {
+            source,
+            log,
+            reload: signals.reload(),
+        };
         match App::bind(config, environment) {
             Ok(bound) => Box::pin(bound.run(signals.shutdown(), signals.immediate())).await,
             Err(error) => {

@@ -19,7 +19,15 @@ pub fn say(text: &str) -> Exit {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     // A reader that has gone (`| head`) has what it wanted.
-    out.write_all(text.as_bytes()).and_then(|()| if text.ends_with('\n') { Ok(()) } else { out.write_all(b"\n") }).ok();
+    out.write_all(text.as_bytes())
+        .and_then(|()| {
+            if text.ends_with('\n') {
+                Ok(())
+            } else {
+                out.write_all(b"\n")
+            }
+        })
+        .ok();
     Exit::Drained
 }
 
@@ -69,7 +77,12 @@ impl State {
             .with_context(|| format!("open the authority in {}", dir.display()))?;
         let store = Store::open(&dir)
             .with_context(|| format!("open the token store in {}", dir.display()))?;
-        Ok(Self { issuer, store, clock, dir })
+        Ok(Self {
+            issuer,
+            store,
+            clock,
+            dir,
+        })
     }
 }
 
@@ -112,7 +125,13 @@ pub fn token_list(args: &StateArgs, json: bool) -> anyhow::Result<String> {
     let mut out = format!("{:<10}{:<24}{:<10}{}\n", "ID", "EXPIRES", "USES", "AGENTS");
     for token in tokens {
         let uses = format!("{}/{}", token.uses - token.uses_left, token.uses);
-        writeln!(out, "{:<10}{:<24}{uses:<10}{}", token.id, time(token.expires), token.agents)?;
+        writeln!(
+            out,
+            "{:<10}{:<24}{uses:<10}{}",
+            token.id,
+            time(token.expires),
+            token.agents
+        )?;
     }
     Ok(out)
 }
@@ -122,7 +141,10 @@ pub fn token_list(args: &StateArgs, json: bool) -> anyhow::Result<String> {
 /// # Errors
 /// There is no such token, or the state directory can't be used.
 pub fn token_revoke(args: &StateArgs, id: &str) -> anyhow::Result<String> {
-    anyhow::ensure!(State::open(args)?.store.revoke_token(id)?, "there is no token {id}");
+    anyhow::ensure!(
+        State::open(args)?.store.revoke_token(id)?,
+        "there is no token {id}"
+    );
     Ok(format!("token {id} is revoked"))
 }
 
@@ -133,7 +155,11 @@ pub fn token_revoke(args: &StateArgs, id: &str) -> anyhow::Result<String> {
 pub fn agent_revoke(args: &StateArgs, name: &Name) -> anyhow::Result<String> {
     let state = State::open(args)?;
     let known = state.store.revoke_agent(name, state.clock.now())?;
-    let hint = if known { "" } else { " (no agent of that name has enrolled here)" };
+    let hint = if known {
+        ""
+    } else {
+        " (no agent of that name has enrolled here)"
+    };
     Ok(format!("agent {name} is revoked{hint}"))
 }
 
@@ -142,7 +168,10 @@ pub fn agent_revoke(args: &StateArgs, name: &Name) -> anyhow::Result<String> {
 /// # Errors
 /// The agent is not revoked, or the state directory can't be used.
 pub fn agent_allow(args: &StateArgs, name: &Name) -> anyhow::Result<String> {
-    anyhow::ensure!(State::open(args)?.store.allow_agent(name)?, "agent {name} is not revoked");
+    anyhow::ensure!(
+        State::open(args)?.store.allow_agent(name)?,
+        "agent {name} is not revoked"
+    );
     Ok(format!("agent {name} is allowed again"))
 }
 
@@ -182,14 +211,21 @@ pub fn cert_show(args: &StateArgs, json: bool) -> anyhow::Result<String> {
     let mut out = String::new();
     writeln!(out, "caPin:        {}", shown.pin)?;
     writeln!(out, "trust domain: {}", shown.trust_domain)?;
-    writeln!(out, "CA expires:   {} ({} trusted)", shown.ca_not_after, shown.roots)?;
+    writeln!(
+        out,
+        "CA expires:   {} ({} trusted)",
+        shown.ca_not_after, shown.roots
+    )?;
     match shown.server {
         Some(leaf) => {
             writeln!(out, "server:       {}", leaf.identity)?;
             writeln!(out, "  expires:    {}", leaf.not_after)?;
             writeln!(out, "  sha256:     {}", leaf.fingerprint)?;
         }
-        None => writeln!(out, "server:       none yet; it is made when the server starts")?,
+        None => writeln!(
+            out,
+            "server:       none yet; it is made when the server starts"
+        )?,
     }
     Ok(out)
 }
@@ -197,8 +233,10 @@ pub fn cert_show(args: &StateArgs, json: bool) -> anyhow::Result<String> {
 fn shown_leaf(file: &Path) -> Option<ShownLeaf> {
     use rustls::pki_types::CertificateDer;
     use rustls::pki_types::pem::PemObject;
-    let chain: Vec<_> =
-        CertificateDer::pem_file_iter(file).ok()?.collect::<Result<_, _>>().ok()?;
+    let chain: Vec<_> = CertificateDer::pem_file_iter(file)
+        .ok()?
+        .collect::<Result<_, _>>()
+        .ok()?;
     let leaf = certs::peer(&chain).ok()?;
     Some(ShownLeaf {
         identity: leaf.identity.to_string(),
@@ -211,7 +249,12 @@ fn shown_leaf(file: &Path) -> Option<ShownLeaf> {
 ///
 /// # Errors
 /// The state directory or `out` can't be used, or `days` is out of range.
-pub fn cert_issue(args: &StateArgs, client: &Name, days: u32, out: &Path) -> anyhow::Result<String> {
+pub fn cert_issue(
+    args: &StateArgs,
+    client: &Name,
+    days: u32,
+    out: &Path,
+) -> anyhow::Result<String> {
     let state = State::open(args)?;
     let credential: Credential = state.issuer.issue_client(client, days, state.clock.now())?;
     certs::export_client(&credential, state.issuer.bundle(), out)
@@ -228,7 +271,9 @@ pub fn cert_issue(args: &StateArgs, client: &Name, days: u32, out: &Path) -> any
 /// # Errors
 /// No server answers on the socket.
 pub fn status(socket: &Path, json: bool) -> anyhow::Result<String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let listen = Listen::Unix(socket.to_owned());
     let body = runtime
         .block_on(daemon::admin::client::get(&listen, "/sessions"))

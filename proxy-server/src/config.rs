@@ -161,13 +161,16 @@ impl Frontend {
     pub fn files(&self) -> Vec<PathBuf> {
         match self {
             Self::HttpConnect { client_ca, .. } => client_ca.iter().cloned().collect(),
-            Self::ForwardProxy { bearer_token_file, basic_auth_file, client_ca, .. } => {
-                [bearer_token_file, basic_auth_file, client_ca]
-                    .into_iter()
-                    .flatten()
-                    .cloned()
-                    .collect()
-            }
+            Self::ForwardProxy {
+                bearer_token_file,
+                basic_auth_file,
+                client_ca,
+                ..
+            } => [bearer_token_file, basic_auth_file, client_ca]
+                .into_iter()
+                .flatten()
+                .cloned()
+                .collect(),
         }
     }
 }
@@ -203,7 +206,9 @@ impl TryFrom<String> for Cidr {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        let net = text
+            .parse::<IpNet>()
+            .or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
         net.map(|net| Self(net.trunc()))
             .map_err(|_neither| format!("{text:?} is neither an address nor a CIDR"))
     }
@@ -279,7 +284,10 @@ pub struct Drain {
 
 impl Default for Drain {
     fn default() -> Self {
-        Self { min_delay: Duration::from_secs(2), grace: Duration::from_secs(30) }
+        Self {
+            min_delay: Duration::from_secs(2),
+            grace: Duration::from_secs(30),
+        }
     }
 }
 
@@ -293,7 +301,9 @@ pub struct Observe {
 
 impl Default for Observe {
     fn default() -> Self {
-        Self { listen: Listen::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9440))) }
+        Self {
+            listen: Listen::Tcp(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9440))),
+        }
     }
 }
 
@@ -331,7 +341,10 @@ pub struct Log {
 
 impl Default for Log {
     fn default() -> Self {
-        Self { format: LogFormat::default(), level: "info".to_owned() }
+        Self {
+            format: LogFormat::default(),
+            level: "info".to_owned(),
+        }
     }
 }
 

@@ -50,8 +50,9 @@ impl Authority {
             dns_names: config.certificate.dns_names.clone(),
             ip_addresses: config.certificate.ip_addresses.clone(),
         };
-        let credential =
-            issuer.issue_server(&name, &sans, now).context("issue the server's certificate")?;
+        let credential = issuer
+            .issue_server(&name, &sans, now)
+            .context("issue the server's certificate")?;
         let own = Own {
             credential: LiveCredential::new(credential),
             bundle: LiveBundle::new(issuer.bundle().clone()),
@@ -80,17 +81,26 @@ impl Authority {
     }
 
     /// Reads revocations and enrolled agents again.
-    pub(crate) fn refresh(&self) -> Result<(HashSet<Name>, HashSet<AgentName>), certs::TokenStoreError> {
+    pub(crate) fn refresh(
+        &self,
+    ) -> Result<(HashSet<Name>, HashSet<AgentName>), certs::TokenStoreError> {
         let snapshot = self.store.snapshot()?;
         self.revoked.replace(snapshot.revoked.clone());
-        let enrolled = snapshot.agents.keys().filter_map(|name| name.as_str().parse().ok()).collect();
+        let enrolled = snapshot
+            .agents
+            .keys()
+            .filter_map(|name| name.as_str().parse().ok())
+            .collect();
         Ok((snapshot.revoked, enrolled))
     }
 
     /// Sets the expiry gauges.
     pub(crate) fn export(&self, metrics: &Metrics) {
         let set = |certificate, at: UnixTime| {
-            let gauge = metrics.expiry.get_or_create(&CertificateLabels { certificate }).clone();
+            let gauge = metrics
+                .expiry
+                .get_or_create(&CertificateLabels { certificate })
+                .clone();
             gauge.set(i64::try_from(at.as_secs()).unwrap_or(i64::MAX));
         };
         set("ca", self.issuer.not_after());
@@ -98,10 +108,12 @@ impl Authority {
     }
 
     fn renew(&self) -> Result<Credential, certs::IssuerError> {
-        self.issuer.issue_server(&self.name, &self.sans, self.own.clock.now())
+        self.issuer
+            .issue_server(&self.name, &self.sans, self.own.clock.now())
     }
 
     /// Renews the server's leaf at two thirds of its life, for ever; swapped in place.
+    #[expect(clippy::infinite_loop, reason = "ended by being dropped")]
     pub(crate) async fn keep_renewed(self: Arc<Self>, metrics: Arc<Metrics>) -> Infallible {
         let mut failures = 0;
         loop {
@@ -147,15 +159,23 @@ impl Enrolment {
         config: &Config,
         stop: CancellationToken,
     ) -> Result<Self, certs::TlsConfigError> {
-        let tls =
-            certs::enroll_server(&authority.own, &authority.revoked, config.backend.renew_grace)?;
+        let tls = certs::enroll_server(
+            &authority.own,
+            &authority.revoked,
+            config.backend.renew_grace,
+        )?;
         let service = EnrollService::new(
             Arc::clone(&authority.issuer),
             authority.store.clone(),
             authority.own.clock.clone(),
             EnrollLimits::default(),
         );
-        Ok(Self { service, tls, limit: config.timeouts.header, stop })
+        Ok(Self {
+            service,
+            tls,
+            limit: config.timeouts.header,
+            stop,
+        })
     }
 
     /// Serves one connection.

@@ -16,7 +16,10 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal about `subject` (a node, a destination): "subject: the reason's sentence".
     pub fn about(subject: impl fmt::Display, reason: Reason) -> Self {
-        Self { reason, sentence: format!("{subject}: {}", reason.sentence()) }
+        Self {
+            reason,
+            sentence: format!("{subject}: {}", reason.sentence()),
+        }
     }
 
     /// As [`Refusal::about`], with what else is known.
@@ -24,7 +27,10 @@ impl Refusal {
         if detail.is_empty() {
             return Self::about(subject, reason);
         }
-        Self { reason, sentence: format!("{subject}: {}: {detail}", reason.sentence()) }
+        Self {
+            reason,
+            sentence: format!("{subject}: {}: {detail}", reason.sentence()),
+        }
     }
 
     /// The sentence as an HTTP reason phrase (RFC 9112 section 4): one line of printable ASCII, bounded.
@@ -32,7 +38,13 @@ impl Refusal {
     pub fn reason_phrase(&self) -> String {
         // kube-apiserver reads heads up to 1 MiB; people read a line or two.
         const MOST: usize = 400;
-        let printable = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+        let printable = |c: char| {
+            if c.is_ascii_graphic() || c == ' ' {
+                c
+            } else {
+                '?'
+            }
+        };
         self.sentence.chars().take(MOST).map(printable).collect()
     }
 }
@@ -50,6 +62,9 @@ mod tests {
     #[test]
     fn a_reason_phrase_is_one_printable_line() {
         let refusal = Refusal::detailed("node edge1", Reason::DialRefused, "dial\r\nX: y é");
-        assert_eq!(refusal.reason_phrase(), "node edge1: connection refused: dial??X: y ?");
+        assert_eq!(
+            refusal.reason_phrase(),
+            "node edge1: connection refused: dial??X: y ?"
+        );
     }
 }

@@ -32,7 +32,9 @@ pub async fn handshake(
     limit: Duration,
     metrics: &Metrics,
 ) -> Result<(Io, String, bool), Reason> {
-    let Some(tls) = tls else { return Ok((Io::Plain(stream), peer.to_string(), true)) };
+    let Some(tls) = tls else {
+        return Ok((Io::Plain(stream), peer.to_string(), true));
+    };
     let acceptor = TlsAcceptor::from(tls.load_full());
     let refused = |reason: Reason, detail: &str| {
         metrics.refused(reason);

@@ -60,7 +60,9 @@ impl Limits {
     /// # Errors
     /// [`Reason::Overloaded`].
     pub fn stream(&self) -> Result<OwnedSemaphorePermit, Reason> {
-        Arc::clone(&self.streams).try_acquire_owned().map_err(|_full| Reason::Overloaded)
+        Arc::clone(&self.streams)
+            .try_acquire_owned()
+            .map_err(|_full| Reason::Overloaded)
     }
 
     /// A place among the streams that are being opened.
@@ -68,7 +70,9 @@ impl Limits {
     /// # Errors
     /// [`Reason::Overloaded`].
     pub fn pending_dial(&self) -> Result<OwnedSemaphorePermit, Reason> {
-        Arc::clone(&self.pending).try_acquire_owned().map_err(|_full| Reason::Overloaded)
+        Arc::clone(&self.pending)
+            .try_acquire_owned()
+            .map_err(|_full| Reason::Overloaded)
     }
 
     /// Whether a peer may begin its handshake; `validated` once it has shown that it receives at its address.
@@ -78,7 +82,9 @@ impl Limits {
         if !validated && busy > self.most_handshakes / 4 {
             return Knock::Retry;
         }
-        Arc::clone(&self.handshakes).try_acquire_owned().map_or(Knock::Refuse, Knock::Enter)
+        Arc::clone(&self.handshakes)
+            .try_acquire_owned()
+            .map_or(Knock::Refuse, Knock::Enter)
     }
 
     /// Whether a session may come about now, else when to come again.
@@ -86,7 +92,9 @@ impl Limits {
     /// # Errors
     /// How long to stay away.
     pub fn admit(&self) -> Result<(), Duration> {
-        self.sessions.check().map_err(|until| until.wait_time_from(self.clock.now()))
+        self.sessions
+            .check()
+            .map_err(|until| until.wait_time_from(self.clock.now()))
     }
 
     /// Streams open now, of the limit given.

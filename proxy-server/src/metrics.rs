@@ -91,7 +91,9 @@ impl Metrics {
     #[must_use]
     pub fn new(daemon: &daemon::Metrics) -> Arc<Self> {
         // 1 ms to 15 s, where the dial gives up.
-        let buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0];
+        let buckets = [
+            0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
+        ];
         let metrics = Self {
             streams: Family::default(),
             streams_open: Gauge::default(),
@@ -109,8 +111,16 @@ impl Metrics {
     }
 
     fn register(&self, registry: &mut Registry) {
-        registry.register("streams", "Ended streams, by how they ended", self.streams.clone());
-        registry.register("streams_open", "Streams open now", self.streams_open.clone());
+        registry.register(
+            "streams",
+            "Ended streams, by how they ended",
+            self.streams.clone(),
+        );
+        registry.register(
+            "streams_open",
+            "Streams open now",
+            self.streams_open.clone(),
+        );
         registry.register_with_unit(
             "stream",
             "Bytes relayed, by direction",
@@ -124,7 +134,11 @@ impl Metrics {
             self.dial.clone(),
         );
         registry.register("sessions", "Sessions of agents now", self.sessions.clone());
-        registry.register("sessions_ended", "Ended sessions, by why", self.sessions_ended.clone());
+        registry.register(
+            "sessions_ended",
+            "Ended sessions, by why",
+            self.sessions_ended.clone(),
+        );
         registry.register(
             "sessions_refused",
             "Peers that did not become a session, by why",
@@ -150,20 +164,35 @@ impl Metrics {
 
     /// Counts a peer that did not become a session.
     pub fn refused(&self, reason: Reason) {
-        self.sessions_refused.get_or_create(&ReasonLabels { reason: reason.label() }).inc();
+        self.sessions_refused
+            .get_or_create(&ReasonLabels {
+                reason: reason.label(),
+            })
+            .inc();
     }
 
     /// Counts an ended stream.
     pub fn stream(&self, frontend: &'static str, path: Path, outcome: Outcome) {
-        let labels =
-            StreamLabels { frontend, path: path.label(), reason: OutcomeLabel(outcome) };
+        let labels = StreamLabels {
+            frontend,
+            path: path.label(),
+            reason: OutcomeLabel(outcome),
+        };
         self.streams.get_or_create(&labels).inc();
     }
 
     /// Counts bytes.
     pub fn moved(&self, to_edge: u64, from_edge: u64) {
-        self.bytes.get_or_create(&DirectionLabels { direction: "to_edge" }).inc_by(to_edge);
-        self.bytes.get_or_create(&DirectionLabels { direction: "from_edge" }).inc_by(from_edge);
+        self.bytes
+            .get_or_create(&DirectionLabels {
+                direction: "to_edge",
+            })
+            .inc_by(to_edge);
+        self.bytes
+            .get_or_create(&DirectionLabels {
+                direction: "from_edge",
+            })
+            .inc_by(from_edge);
     }
 
     /// Counts a reload.

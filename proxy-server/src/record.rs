@@ -101,7 +101,9 @@ impl StreamRecord {
     /// The destination answered.
     pub fn answered(&mut self) {
         self.answered = Some(Instant::now());
-        self.metrics.dial.observe(self.started.elapsed().as_secs_f64());
+        self.metrics
+            .dial
+            .observe(self.started.elapsed().as_secs_f64());
     }
 
     /// How it ended; `sentence` is what the requester was told, if anything.
@@ -117,7 +119,9 @@ impl Drop for StreamRecord {
         self.metrics.stream(self.frontend, self.path, self.outcome);
         let (to_edge, from_edge) = (self.counters.sent(), self.counters.received());
         self.metrics.moved(to_edge, from_edge);
-        let dial = self.answered.map(|at| at.duration_since(self.started).as_millis());
+        let dial = self
+            .answered
+            .map(|at| at.duration_since(self.started).as_millis());
         tracing::info!(
             target: "access",
             frontend = self.frontend,

@@ -108,10 +108,17 @@ impl<S: Session> Registry<S> {
         let mut agents = self.0.lock();
         let agent = agents
             .entry(session.agent.clone())
-            .or_insert_with(|| Agent { sessions: Vec::new(), lost: None });
+            .or_insert_with(|| Agent {
+                sessions: Vec::new(),
+                lost: None,
+            });
         agent.sessions.push(Arc::clone(&session));
         drop(agents);
-        Registration { registry: self.clone(), session, lost: None }
+        Registration {
+            registry: self.clone(),
+            session,
+            lost: None,
+        }
     }
 
     /// The session for the next stream: healthy before suspect, staying before going, then the newest.
@@ -120,10 +127,13 @@ impl<S: Session> Registry<S> {
     /// [`Absent`] when the agent has none.
     pub fn pick(&self, agent: &AgentName) -> Result<Arc<LiveSession<S>>, Absent> {
         let agents = self.0.lock();
-        let Some(agent) = agents.get(agent) else { return Err(Absent::Never) };
+        let Some(agent) = agents.get(agent) else {
+            return Err(Absent::Never);
+        };
         // `max_by_key` returns the last of equals: the newest.
         let best = agent.sessions.iter().max_by_key(|session| session.rank());
-        best.cloned().ok_or_else(|| agent.lost.map_or(Absent::Never, Absent::Since))
+        best.cloned()
+            .ok_or_else(|| agent.lost.map_or(Absent::Never, Absent::Since))
     }
 
     /// Whether the agent has or had a session.
@@ -134,7 +144,10 @@ impl<S: Session> Registry<S> {
     /// Every session, by agent and age.
     pub fn all(&self) -> Vec<Arc<LiveSession<S>>> {
         let agents = self.0.lock();
-        let mut all: Vec<_> = agents.values().flat_map(|a| a.sessions.iter().cloned()).collect();
+        let mut all: Vec<_> = agents
+            .values()
+            .flat_map(|a| a.sessions.iter().cloned())
+            .collect();
         drop(agents);
         all.sort_by(|a, b| (&a.agent, a.since).cmp(&(&b.agent, b.since)));
         all
@@ -142,12 +155,20 @@ impl<S: Session> Registry<S> {
 
     /// That agent's sessions, oldest first.
     pub fn of(&self, agent: &AgentName) -> Vec<Arc<LiveSession<S>>> {
-        self.0.lock().get(agent).map(|a| a.sessions.clone()).unwrap_or_default()
+        self.0
+            .lock()
+            .get(agent)
+            .map(|a| a.sessions.clone())
+            .unwrap_or_default()
     }
 
     /// How many sessions there are.
     pub fn len(&self) -> usize {
-        self.0.lock().values().map(|agent| agent.sessions.len()).sum()
+        self.0
+            .lock()
+            .values()
+            .map(|agent| agent.sessions.len())
+            .sum()
     }
 
     /// Whether there is none.
@@ -198,7 +219,10 @@ mod tests {
             agent: agent.parse().unwrap(),
             software: String::new(),
             capabilities: vec![],
-            limits: Limits { max_streams: 8, stream_window: 1 << 16 },
+            limits: Limits {
+                max_streams: 8,
+                stream_window: 1 << 16,
+            },
             instance: String::new(),
         };
         let dial = Control::dial(client.clone(), &offer);
@@ -231,7 +255,11 @@ mod tests {
         let (old, _a) = live("edge1").await;
         let old_guard = registry.register(Arc::clone(&old));
         tokio::time::advance(Duration::from_secs(31)).await;
-        assert_eq!(registry.pick(&name).unwrap().id, old.id, "suspect, but the only one");
+        assert_eq!(
+            registry.pick(&name).unwrap().id,
+            old.id,
+            "suspect, but the only one"
+        );
         let (new, _b) = live("edge1").await;
         let new_guard = registry.register(Arc::clone(&new));
         assert_eq!(registry.pick(&name).unwrap().id, new.id);
@@ -239,11 +267,22 @@ mod tests {
         let newest_guard = registry.register(Arc::clone(&newest));
         assert_eq!(registry.pick(&name).unwrap().id, newest.id);
         newest.going.store(true, Ordering::Relaxed);
-        assert_eq!(registry.pick(&name).unwrap().id, new.id, "not the one that goes");
+        assert_eq!(
+            registry.pick(&name).unwrap().id,
+            new.id,
+            "not the one that goes"
+        );
         drop(new_guard);
-        assert_eq!(registry.pick(&name).unwrap().id, newest.id, "going before suspect");
+        assert_eq!(
+            registry.pick(&name).unwrap().id,
+            newest.id,
+            "going before suspect"
+        );
         drop(newest_guard);
-        let lost = Lost { at: SystemTime::UNIX_EPOCH, reason: Reason::SessionLost };
+        let lost = Lost {
+            at: SystemTime::UNIX_EPOCH,
+            reason: Reason::SessionLost,
+        };
         old_guard.lost(lost);
         assert_eq!(registry.pick(&name).unwrap_err(), Absent::Since(lost));
         assert!(registry.knows(&name) && registry.is_empty());

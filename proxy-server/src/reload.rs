@@ -48,20 +48,33 @@ pub(crate) struct Reloader {
 }
 
 /// TLS of a frontend; `None` on a Unix socket.
-pub(crate) fn frontend_tls(own: &Own, frontend: &Frontend) -> anyhow::Result<Option<Arc<ServerConfig>>> {
+pub(crate) fn frontend_tls(
+    own: &Own,
+    frontend: &Frontend,
+) -> anyhow::Result<Option<Arc<ServerConfig>>> {
     if !matches!(frontend.listen(), daemon::Listen::Tcp(_)) {
         return Ok(None);
     }
     let (client_ca, names, optional) = match frontend {
-        Frontend::HttpConnect { client_ca, allowed_names, .. } => (client_ca, allowed_names, false),
-        Frontend::ForwardProxy { client_ca, allowed_names, .. } => (client_ca, allowed_names, true),
+        Frontend::HttpConnect {
+            client_ca,
+            allowed_names,
+            ..
+        } => (client_ca, allowed_names, false),
+        Frontend::ForwardProxy {
+            client_ca,
+            allowed_names,
+            ..
+        } => (client_ca, allowed_names, true),
     };
     let trust = match client_ca {
         None => FrontendTrust::Ours,
         Some(file) => {
             let roots = TrustBundle::load(file)
                 .with_context(|| format!("read the CA in {}", file.display()))?;
-            FrontendTrust::Operator(OperatorPki::new(roots, names.clone()).context("use allowedNames")?)
+            FrontendTrust::Operator(
+                OperatorPki::new(roots, names.clone()).context("use allowedNames")?,
+            )
         }
     };
     let tls = if optional {
@@ -76,9 +89,14 @@ pub(crate) fn frontend_tls(own: &Own, frontend: &Frontend) -> anyhow::Result<Opt
 pub(crate) fn frontend_credentials(frontend: &Frontend) -> anyhow::Result<Credentials> {
     match frontend {
         Frontend::HttpConnect { .. } => Ok(Credentials::default()),
-        Frontend::ForwardProxy { bearer_token_file, basic_auth_file, .. } => {
-            Ok(Credentials::load(bearer_token_file.as_deref(), basic_auth_file.as_deref())?)
-        }
+        Frontend::ForwardProxy {
+            bearer_token_file,
+            basic_auth_file,
+            ..
+        } => Ok(Credentials::load(
+            bearer_token_file.as_deref(),
+            basic_auth_file.as_deref(),
+        )?),
     }
 }
 
@@ -120,13 +138,25 @@ impl Reloader {
         };
         let same = |a: &Frontend, b: &Frontend| a.listen() == b.listen();
         let frontends_fit = new.frontends.len() == self.frontends.len()
-            && new.frontends.iter().zip(&self.running.frontends).all(|(a, b)| same(a, b));
-        anyhow::ensure!(frontends_fit, "frontends can't be added, removed or moved without a restart");
+            && new
+                .frontends
+                .iter()
+                .zip(&self.running.frontends)
+                .all(|(a, b)| same(a, b));
+        anyhow::ensure!(
+            frontends_fit,
+            "frontends can't be added, removed or moved without a restart"
+        );
         let own = &self.authority.own;
         let built = new
             .frontends
             .iter()
-            .map(|frontend| Ok((frontend_tls(own, frontend)?, frontend_credentials(frontend)?)))
+            .map(|frontend| {
+                Ok((
+                    frontend_tls(own, frontend)?,
+                    frontend_credentials(frontend)?,
+                ))
+            })
             .collect::<anyhow::Result<Vec<_>>>()?;
         self.log.set(&new.log.level).context("log.level")?;
         for (changeable, (tls, credentials)) in self.frontends.iter().zip(built) {
@@ -140,7 +170,9 @@ impl Reloader {
         let table = RouteTable::new(&new.routes);
         self.backend.forwarder.routing.table.store(Arc::new(table));
         if needs_restart(&self.running, &new) {
-            tracing::warn!("some changed settings take effect at the next start only: name, certificate, backend, limits, timeouts, drain, observe, admin");
+            tracing::warn!(
+                "some changed settings take effect at the next start only: name, certificate, backend, limits, timeouts, drain, observe, admin"
+            );
         }
         self.running = new;
         Ok(())
@@ -149,7 +181,11 @@ impl Reloader {
     fn refresh(&self) {
         match self.authority.refresh() {
             Ok((revoked, enrolled)) => {
-                self.backend.forwarder.routing.enrolled.store(Arc::new(enrolled));
+                self.backend
+                    .forwarder
+                    .routing
+                    .enrolled
+                    .store(Arc::new(enrolled));
                 self.backend.end_revoked(&revoked);
             }
             Err(error) => {

@@ -56,7 +56,9 @@ impl RouteTable {
                 .flatten();
             table.names.insert(entry.node.clone(), (agent, address));
         }
-        table.nets.sort_by_key(|(net, ..)| std::cmp::Reverse(net.prefix_len()));
+        table
+            .nets
+            .sort_by_key(|(net, ..)| std::cmp::Reverse(net.prefix_len()));
         table
     }
 
@@ -77,26 +79,38 @@ impl RouteTable {
 
     fn by_name(&self, name: &str, known: impl Fn(&AgentName) -> bool) -> Route {
         if let Some((agent, address)) = self.names.get(name) {
-            return Route::Edge { agent: agent.clone(), node: name.to_owned(), address: *address };
+            return Route::Edge {
+                agent: agent.clone(),
+                node: name.to_owned(),
+                address: *address,
+            };
         }
         match name.parse::<AgentName>() {
-            Ok(agent) if known(&agent) => {
-                Route::Edge { node: name.to_owned(), agent, address: None }
-            }
+            Ok(agent) if known(&agent) => Route::Edge {
+                node: name.to_owned(),
+                agent,
+                address: None,
+            },
             Ok(_) | Err(_) => Route::Elsewhere,
         }
     }
 
     fn by_address(&self, ip: IpAddr) -> Result<Route, Refusal> {
         let mut fitting = self.nets.iter().filter(|(net, ..)| net.contains(&ip));
-        let Some((longest, node, agent)) = fitting.next() else { return Ok(Route::Elsewhere) };
+        let Some((longest, node, agent)) = fitting.next() else {
+            return Ok(Route::Elsewhere);
+        };
         let rivals: BTreeSet<&str> = fitting
             .take_while(|(net, ..)| net.prefix_len() == longest.prefix_len())
             .filter(|(_, _, other)| other != agent)
             .map(|(_, node, _)| node.as_str())
             .collect();
         if rivals.is_empty() {
-            return Ok(Route::Edge { agent: agent.clone(), node: node.clone(), address: None });
+            return Ok(Route::Edge {
+                agent: agent.clone(),
+                node: node.clone(),
+                address: None,
+            });
         }
         let names: BTreeSet<&str> = rivals.into_iter().chain([node.as_str()]).collect();
         let names = names.into_iter().collect::<Vec<_>>().join(" and ");
@@ -131,18 +145,32 @@ mod tests {
     }
 
     fn route(to: &str) -> Result<Route, Refusal> {
-        table().route(&to.parse().unwrap(), |agent| agent.as_str() == "edge9")
+        let Ok(to) = to.parse() else {
+            panic!("{to} is no destination")
+        };
+        table().route(&to, |agent| agent.as_str() == "edge9")
     }
 
     fn edge(node: &str, agent: &str) -> Route {
-        Route::Edge { agent: agent.parse().unwrap(), node: node.into(), address: None }
+        Route::Edge {
+            agent: agent.parse().unwrap(),
+            node: node.into(),
+            address: None,
+        }
     }
 
     #[test]
     fn a_node_behind_another_machines_agent_is_dialled_by_its_address() {
-        let Route::Edge { agent, address, .. } = route("lathe:10250").unwrap() else { panic!() };
-        assert_eq!((agent.as_str(), address), ("site-a", Some("10.9.0.7".parse().unwrap())));
-        let Route::Edge { address, .. } = route("edge1:10250").unwrap() else { panic!() };
+        let Route::Edge { agent, address, .. } = route("lathe:10250").unwrap() else {
+            panic!()
+        };
+        assert_eq!(
+            (agent.as_str(), address),
+            ("site-a", Some("10.9.0.7".parse().unwrap()))
+        );
+        let Route::Edge { address, .. } = route("edge1:10250").unwrap() else {
+            panic!()
+        };
         assert_eq!(address, None, "an agent knows its own node");
     }
 
@@ -150,8 +178,16 @@ mod tests {
     fn names_lead_to_their_agent() {
         assert_eq!(route("edge1:10250").unwrap(), edge("edge1", "edge1"));
         assert_eq!(route("press:10250").unwrap(), edge("press", "site-a"));
-        assert_eq!(route("edge9:10250").unwrap(), edge("edge9", "edge9"), "known by its enrolment");
-        assert_eq!(route("site-a:1").unwrap(), Route::Elsewhere, "an agent's name is no node's");
+        assert_eq!(
+            route("edge9:10250").unwrap(),
+            edge("edge9", "edge9"),
+            "known by its enrolment"
+        );
+        assert_eq!(
+            route("site-a:1").unwrap(),
+            Route::Elsewhere,
+            "an agent's name is no node's"
+        );
         assert_eq!(route("webhook.default.svc:443").unwrap(), Route::Elsewhere);
     }
 
@@ -161,7 +197,10 @@ mod tests {
         assert_eq!(route("10.9.0.1:1").unwrap(), edge("press", "site-a"));
         assert_eq!(route("10.9.0.7:1").unwrap(), edge("lathe", "site-a"));
         assert_eq!(route("[fd00::1]:1").unwrap(), edge("edge2", "edge2"));
-        assert_eq!(route("[::ffff:10.1.2.3]:1").unwrap(), edge("edge1", "edge1"));
+        assert_eq!(
+            route("[::ffff:10.1.2.3]:1").unwrap(),
+            edge("edge1", "edge1")
+        );
         assert_eq!(route("203.0.113.9:1").unwrap(), Route::Elsewhere);
     }
 

@@ -129,9 +129,13 @@ impl Forwarder {
         request: Request,
         gone: impl Future<Output = ()> + Send,
     ) -> Result<Opened, Refusal> {
-        let Request { frontend, requester, destination, elsewhere } = request;
-        let mut record =
-            StreamRecord::new(&self.metrics, frontend, requester, destination.clone());
+        let Request {
+            frontend,
+            requester,
+            destination,
+            elsewhere,
+        } = request;
+        let mut record = StreamRecord::new(&self.metrics, frontend, requester, destination.clone());
         let opened = tokio::select! {
             biased;
             opened = self.try_open(&destination, elsewhere, &mut record) => opened,
@@ -141,7 +145,13 @@ impl Forwarder {
             Ok((halves, from_tunnel, permit)) => {
                 record.answered();
                 let forwarder = Arc::clone(self);
-                Ok(Opened { forwarder, halves, from_tunnel, record, _permit: permit })
+                Ok(Opened {
+                    forwarder,
+                    halves,
+                    from_tunnel,
+                    record,
+                    _permit: permit,
+                })
             }
             Err(refusal) => {
                 record.end(Outcome::Failed(refusal.reason), &refusal.sentence);
@@ -163,19 +173,25 @@ impl Forwarder {
         let enrolled = self.routing.enrolled.load();
         let known = |agent: &AgentName| enrolled.contains(agent) || self.registry.knows(agent);
         match self.routing.table.load().route(destination, known)? {
-            Route::Edge { agent, node, address } => {
+            Route::Edge {
+                agent,
+                node,
+                address,
+            } => {
                 record.path = Path::Tunnel;
                 record.node.clone_from(&node);
                 let host = address.map_or_else(|| destination.host.clone(), Host::Ip);
-                let dialled = Destination { host, port: destination.port };
-                let (halves, early) =
-                    self.through_tunnel(&agent, &node, &dialled, deadline, record).await?;
+                let dialled = Destination {
+                    host,
+                    port: destination.port,
+                };
+                let (halves, early) = self
+                    .through_tunnel(&agent, &node, &dialled, deadline, record)
+                    .await?;
                 Ok((halves, early, permit))
             }
             Route::Elsewhere => match elsewhere {
-                Elsewhere::Refuse => {
-                    Err(Refusal::about(destination, Reason::UnknownDestination))
-                }
+                Elsewhere::Refuse => Err(Refusal::about(destination, Reason::UnknownDestination)),
                 Elsewhere::Direct => {
                     record.path = Path::Direct;
                     let own = self.own.load();
@@ -264,16 +280,29 @@ async fn open_on(
     let subject = subject(&session.agent, node);
     let lost = |reason: Reason, detail: String| {
         // Only a requester cancels; an agent owes a reply to each header.
-        let reason = if reason == Reason::Cancelled { Reason::Protocol } else { reason };
+        let reason = if reason == Reason::Cancelled {
+            Reason::Protocol
+        } else {
+            reason
+        };
         let refusal = Refusal::detailed(&subject, reason, &detail);
-        if reason == Reason::Timeout { Attempt::Final(refusal) } else { Attempt::Lost(refusal) }
+        if reason == Reason::Timeout {
+            Attempt::Final(refusal)
+        } else {
+            Attempt::Lost(refusal)
+        }
     };
     let silent = || {
         let silence = session.liveness.silence().as_secs();
-        lost(Reason::Timeout, format!("the agent was last heard {silence} s ago"))
+        lost(
+            Reason::Timeout,
+            format!("the agent was last heard {silence} s ago"),
+        )
     };
     let carried = Carried::new(session);
-    let opened = timeout_at(deadline, session.transport.open()).await.map_err(|_late| silent())?;
+    let opened = timeout_at(deadline, session.transport.open())
+        .await
+        .map_err(|_late| silent())?;
     let (mut send, recv) = opened.map_err(|e| lost(e.reason(), e.to_string()))?;
     let left = deadline.saturating_duration_since(Instant::now());
     let header = StreamHeader {
@@ -283,19 +312,33 @@ async fn open_on(
     };
     let mut reader = FrameReader::new(recv);
     let exchange = async {
-        send.write_chunk(encode(&header.to_pb())).await.map_err(|e| lost(e.reason(), e.to_string()))?;
+        send.write_chunk(encode(&header.to_pb()))
+            .await
+            .map_err(|e| lost(e.reason(), e.to_string()))?;
         read_frame_within::<pb::StreamReply, _>(&mut reader, left)
             .await
-            .map_err(|e| if e.reason() == Reason::Timeout { silent() } else { lost(e.reason(), e.to_string()) })
+            .map_err(|e| {
+                if e.reason() == Reason::Timeout {
+                    silent()
+                } else {
+                    lost(e.reason(), e.to_string())
+                }
+            })
     };
-    let reply = timeout_at(deadline, exchange).await.map_err(|_late| silent())??;
+    let reply = timeout_at(deadline, exchange)
+        .await
+        .map_err(|_late| silent())??;
     match StreamReply::from(&reply) {
         Ok(()) => {
             let (recv, early) = reader.into_parts();
             Ok((Halves::Tunnel(carried, send, recv), early))
         }
         Err((reason, detail)) => {
-            let detail = if detail.is_empty() { String::new() } else { format!("{destination}: {detail}") };
+            let detail = if detail.is_empty() {
+                String::new()
+            } else {
+                format!("{destination}: {detail}")
+            };
             Err(Attempt::Final(Refusal::detailed(&subject, reason, &detail)))
         }
     }
@@ -310,14 +353,23 @@ impl Opened {
         io: &mut I,
         from_requester: Bytes,
     ) -> RelayEnd {
-        let Self { forwarder, halves, from_tunnel, mut record, _permit } = self;
+        let Self {
+            forwarder,
+            halves,
+            from_tunnel,
+            mut record,
+            _permit,
+        } = self;
         let settings = Relay {
             local: Local::Requester,
             budget: forwarder.budget.clone(),
             half_open: forwarder.timeouts.half_open,
             counters: Arc::clone(&record.counters),
         };
-        let early = Early { from_local: from_requester, from_tunnel };
+        let early = Early {
+            from_local: from_requester,
+            from_tunnel,
+        };
         let cut = async {
             forwarder.cut.cancelled().await;
             Reason::Draining

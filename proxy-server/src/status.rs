@@ -52,7 +52,9 @@ impl SessionStatus {
             streams: session.streams.load(Ordering::Relaxed),
             bytes_in: stats.received,
             bytes_out: stats.sent,
-            since: jiff::Timestamp::try_from(session.since).map(|t| t.to_string()).unwrap_or_default(),
+            since: jiff::Timestamp::try_from(session.since)
+                .map(|t| t.to_string())
+                .unwrap_or_default(),
             version: session.software.clone(),
             suspect: session.is_suspect(),
             going: session.going.load(Ordering::Relaxed),
@@ -63,13 +65,29 @@ impl SessionStatus {
 /// Every session, by agent and age.
 #[must_use]
 pub fn sessions<S: Session>(server: &str, registry: &Registry<S>) -> Vec<SessionStatus> {
-    registry.all().iter().map(|session| SessionStatus::new(server, session)).collect()
+    registry
+        .all()
+        .iter()
+        .map(|session| SessionStatus::new(server, session))
+        .collect()
 }
 
 /// The sessions as a table for people.
 #[must_use]
 pub fn table(sessions: &[SessionStatus]) -> String {
-    let header = ["AGENT", "SESSION", "REMOTE", "TRANSPORT", "RTT", "STREAMS", "IN", "OUT", "SINCE", "VERSION", "STATE"];
+    let header = [
+        "AGENT",
+        "SESSION",
+        "REMOTE",
+        "TRANSPORT",
+        "RTT",
+        "STREAMS",
+        "IN",
+        "OUT",
+        "SINCE",
+        "VERSION",
+        "STATE",
+    ];
     let mut rows = vec![header.map(str::to_owned)];
     for s in sessions {
         let state = match (s.suspect, s.going) {

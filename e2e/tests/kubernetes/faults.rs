@@ -171,10 +171,9 @@ pub(super) fn killed_agent(cluster: &mut Cluster) -> Result<String> {
     let ended = start.elapsed().as_secs_f64();
     let lines = followed.count()?;
     let later = cluster.kubectl().fails(&["logs", &pod, "-c", "tools"])?;
-    ensure!(
-        later.contains("node edge1: "),
-        "{later:?} does not tell about the node"
-    );
+    for told in ["node edge1: no session since ", "last error: "] {
+        ensure!(later.contains(told), "{later:?} does not tell {told:?}");
+    }
     let seen = other.count()?;
     until(Duration::from_secs(10), "the other edge goes on", || {
         let count = other.count()?;

@@ -42,7 +42,8 @@ impl Keepalive {
     /// `random` is uniform in 0..1.
     #[must_use]
     pub fn next(&self, random: f64) -> Duration {
-        self.interval.mul_f64(0.4f64.mul_add(random.clamp(0.0, 1.0), 0.8))
+        self.interval
+            .mul_f64(0.4f64.mul_add(random.clamp(0.0, 1.0), 0.8))
     }
 
     /// What a silence of that length means.
@@ -62,9 +63,9 @@ impl Keepalive {
     pub fn look_in(&self, silence: Duration, keepalive_in: Duration) -> Duration {
         let limit = match self.verdict(silence) {
             Verdict::Healthy => self.suspect_after.saturating_sub(silence),
-            Verdict::Suspect | Verdict::Dead => {
-                self.nudge_every.min(self.idle_timeout.saturating_sub(silence))
-            }
+            Verdict::Suspect | Verdict::Dead => self
+                .nudge_every
+                .min(self.idle_timeout.saturating_sub(silence)),
         };
         limit.min(keepalive_in)
     }
@@ -85,10 +86,18 @@ mod tests {
     #[test]
     fn silence_makes_suspect_then_dead() {
         let keepalive = Keepalive::default();
-        for (silence, verdict) in
-            [(0, Verdict::Healthy), (29, Verdict::Healthy), (30, Verdict::Suspect), (119, Verdict::Suspect), (120, Verdict::Dead)]
-        {
-            assert_eq!(keepalive.verdict(Duration::from_secs(silence)), verdict, "{silence}");
+        for (silence, verdict) in [
+            (0, Verdict::Healthy),
+            (29, Verdict::Healthy),
+            (30, Verdict::Suspect),
+            (119, Verdict::Suspect),
+            (120, Verdict::Dead),
+        ] {
+            assert_eq!(
+                keepalive.verdict(Duration::from_secs(silence)),
+                verdict,
+                "{silence}"
+            );
         }
     }
 
@@ -96,7 +105,9 @@ mod tests {
     fn it_looks_again_when_something_can_change() {
         let keepalive = Keepalive::default();
         let look = |silence, due| {
-            keepalive.look_in(Duration::from_secs(silence), Duration::from_secs(due)).as_secs()
+            keepalive
+                .look_in(Duration::from_secs(silence), Duration::from_secs(due))
+                .as_secs()
         };
         assert_eq!(look(0, 10), 10);
         assert_eq!(look(25, 10), 5, "when it becomes suspect");

@@ -118,8 +118,13 @@ impl MemorySession {
 }
 
 async fn until_ended(side: u8, mut end: watch::Receiver<End>) -> SessionError {
-    let seen = end.wait_for(|end| *end != End::Open).await.map(|end| end.clone());
-    seen.ok().and_then(|end| seen_from(side, &end)).unwrap_or(SessionError::Silent)
+    let seen = end
+        .wait_for(|end| *end != End::Open)
+        .await
+        .map(|end| end.clone());
+    seen.ok()
+        .and_then(|end| seen_from(side, &end))
+        .unwrap_or(SessionError::Silent)
 }
 
 impl Session for MemorySession {
@@ -138,21 +143,25 @@ impl Session for MemorySession {
         // Either end may reset the stream for both, so the four halves share one state.
         let shared = Shared::new(Some(Box::new(Permit { _permit: permit })));
         let theirs = Shared::new(None);
-        let halves = |side, out: &Arc<Pipe>, back: &Arc<Pipe>, own: &Arc<Shared>, other: &Arc<Shared>| {
-            let link = |pipe: &Arc<Pipe>| Link {
-                side,
-                end: core.end.subscribe(),
-                pipe: Arc::clone(pipe),
-                own: Arc::clone(own),
-                other: Arc::clone(other),
-                finished: false,
+        let halves =
+            |side, out: &Arc<Pipe>, back: &Arc<Pipe>, own: &Arc<Shared>, other: &Arc<Shared>| {
+                let link = |pipe: &Arc<Pipe>| Link {
+                    side,
+                    end: core.end.subscribe(),
+                    pipe: Arc::clone(pipe),
+                    own: Arc::clone(own),
+                    other: Arc::clone(other),
+                    finished: false,
+                };
+                (MemorySend(link(out)), MemoryRecv(link(back)))
             };
-            (MemorySend(link(out)), MemoryRecv(link(back)))
-        };
         let ours = halves(core.side, &out, &back, &shared, &theirs);
         let peers = halves(1 - core.side, &back, &out, &theirs, &shared);
         core.sent.fetch_add(1, Ordering::Relaxed);
-        core.peer.send(peers).await.map_err(|_gone| SessionError::Silent)?;
+        core.peer
+            .send(peers)
+            .await
+            .map_err(|_gone| SessionError::Silent)?;
         Ok(ours)
     }
 
@@ -182,7 +191,10 @@ impl Session for MemorySession {
     }
 
     fn stats(&self) -> SessionStats {
-        SessionStats { sent: self.0.sent.load(Ordering::Relaxed), ..SessionStats::default() }
+        SessionStats {
+            sent: self.0.sent.load(Ordering::Relaxed),
+            ..SessionStats::default()
+        }
     }
 }
 
@@ -246,7 +258,11 @@ impl SendHalf for MemorySend {
         while !chunk.is_empty() {
             let room = {
                 let mut state = link.pipe.state.lock();
-                let room = link.pipe.window.saturating_sub(state.bytes).min(chunk.len());
+                let room = link
+                    .pipe
+                    .window
+                    .saturating_sub(state.bytes)
+                    .min(chunk.len());
                 if room > 0 && link.own.reason().is_none() {
                     state.bytes += room;
                     state.chunks.push_back(chunk.split_to(room));
@@ -301,7 +317,9 @@ impl RecvHalf for MemoryRecv {
                 let mut state = link.pipe.state.lock();
                 let mut count = 0;
                 for slot in chunks.iter_mut() {
-                    let Some(chunk) = state.chunks.pop_front() else { break };
+                    let Some(chunk) = state.chunks.pop_front() else {
+                        break;
+                    };
                     state.bytes -= chunk.len();
                     *slot = chunk;
                     count += 1;

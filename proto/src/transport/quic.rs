@@ -67,7 +67,10 @@ impl fmt::Debug for Open {
 
 impl Open {
     fn new(windows: &Arc<Windows>) -> Self {
-        let open = windows.open.fetch_add(1, Ordering::AcqRel).saturating_add(1);
+        let open = windows
+            .open
+            .fetch_add(1, Ordering::AcqRel)
+            .saturating_add(1);
         windows.apply(open);
         Self(Arc::clone(windows))
     }
@@ -82,19 +85,29 @@ impl Drop for Open {
 
 impl fmt::Debug for QuicSession {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("QuicSession").field("remote", &self.connection.remote_address()).finish_non_exhaustive()
+        f.debug_struct("QuicSession")
+            .field("remote", &self.connection.remote_address())
+            .finish_non_exhaustive()
     }
 }
 
 impl QuicSession {
-    fn new(connection: quinn::Connection, stream_window: u32, own: Option<quinn::Endpoint>) -> Self {
+    fn new(
+        connection: quinn::Connection,
+        stream_window: u32,
+        own: Option<quinn::Endpoint>,
+    ) -> Self {
         let windows = Arc::new(Windows {
             connection: connection.clone(),
             stream_window,
             open: AtomicU32::new(0),
         });
         windows.apply(0);
-        Self { connection, windows, endpoint: own }
+        Self {
+            connection,
+            windows,
+            endpoint: own,
+        }
     }
 
     /// The certificates that the peer proved to have, leaf first.
@@ -116,7 +129,10 @@ impl QuicSession {
 
     fn halves(&self, send: quinn::SendStream, recv: quinn::RecvStream) -> (QuicSend, QuicRecv) {
         let shared = Shared::new(Some(Box::new(Open::new(&self.windows))));
-        (QuicSend::new(send, Arc::clone(&shared)), QuicRecv::new(recv, shared))
+        (
+            QuicSend::new(send, Arc::clone(&shared)),
+            QuicRecv::new(recv, shared),
+        )
     }
 }
 
@@ -125,17 +141,26 @@ impl Session for QuicSession {
     type Recv = QuicRecv;
 
     async fn open(&self) -> Result<(QuicSend, QuicRecv), SessionError> {
-        let (send, recv) = self.connection.open_bi().await.map_err(|e| session_error(&e))?;
+        let (send, recv) = self
+            .connection
+            .open_bi()
+            .await
+            .map_err(|e| session_error(&e))?;
         Ok(self.halves(send, recv))
     }
 
     async fn accept(&self) -> Result<(QuicSend, QuicRecv), SessionError> {
-        let (send, recv) = self.connection.accept_bi().await.map_err(|e| session_error(&e))?;
+        let (send, recv) = self
+            .connection
+            .accept_bi()
+            .await
+            .map_err(|e| session_error(&e))?;
         Ok(self.halves(send, recv))
     }
 
     fn close(&self, reason: Reason) {
-        self.connection.close(reason.code().into(), reason.label().as_bytes());
+        self.connection
+            .close(reason.code().into(), reason.label().as_bytes());
     }
 
     async fn closed(&self) -> SessionError {
@@ -143,7 +168,9 @@ impl Session for QuicSession {
     }
 
     fn nudge(&self) {
-        let Some(endpoint) = &self.endpoint else { return };
+        let Some(endpoint) = &self.endpoint else {
+            return;
+        };
         // A new local port makes quinn send a probe at once; the old port's mapping in a NAT may be what is broken.
         if let Err(error) = endpoint::rebind(endpoint) {
             tracing::debug!(%error, "could not bind a new local port");
@@ -176,7 +203,9 @@ fn session_error(error: &quinn::ConnectionError) -> SessionError {
         }
         E::LocallyClosed => SessionError::Local(Reason::Cancelled),
         E::TimedOut => SessionError::Silent,
-        E::VersionMismatch | E::CidsExhausted | E::Reset => SessionError::Transport(error.to_string()),
+        E::VersionMismatch | E::CidsExhausted | E::Reset => {
+            SessionError::Transport(error.to_string())
+        }
         E::ConnectionClosed(close) => coded(close.error_code.into(), close.to_string()),
         E::TransportError(failure) => coded(failure.code.into(), failure.to_string()),
     }

@@ -49,7 +49,9 @@ impl Shared {
 
     /// Marks the stream as reset and wakes both halves; the first reason stays. Says which one that is.
     pub(crate) fn reset(&self, reason: Reason) -> Reason {
-        let first = self.code.compare_exchange(0, reason.code(), Ordering::AcqRel, Ordering::Acquire);
+        let first =
+            self.code
+                .compare_exchange(0, reason.code(), Ordering::AcqRel, Ordering::Acquire);
         self.wake_send.notify_one();
         self.wake_recv.notify_one();
         first.map_or_else(|code| Reason::from_code(code.into()), |_| reason)

@@ -40,8 +40,16 @@ pub fn halves(stream: TcpStream) -> (TcpSend, TcpRecv) {
     let (recv, send) = stream.into_split();
     let shared = Shared::new(None);
     (
-        TcpSend { half: send, shared: Arc::clone(&shared), finished: false },
-        TcpRecv { half: recv, shared, finished: false },
+        TcpSend {
+            half: send,
+            shared: Arc::clone(&shared),
+            finished: false,
+        },
+        TcpRecv {
+            half: recv,
+            shared,
+            finished: false,
+        },
     )
 }
 
@@ -90,7 +98,9 @@ impl Drop for TcpSend {
 
 impl RecvHalf for TcpRecv {
     async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, StreamError> {
-        let Some(first) = chunks.first_mut() else { return Ok(Some(0)) };
+        let Some(first) = chunks.first_mut() else {
+            return Ok(Some(0));
+        };
         let mut buffer = BytesMut::new();
         let read = tokio::select! {
             biased;

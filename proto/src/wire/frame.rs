@@ -36,7 +36,9 @@ pub fn decode<M: Message + Default>(buffer: &mut BytesMut) -> Result<Option<M>, 
     let mut length = 0_usize;
     let mut prefix = 0_usize;
     loop {
-        let Some(byte) = buffer.get(prefix) else { return Ok(None) };
+        let Some(byte) = buffer.get(prefix) else {
+            return Ok(None);
+        };
         length |= usize::from(byte & 0x7f) << (7 * prefix);
         prefix += 1;
         if byte & 0x80 == 0 {
@@ -53,7 +55,9 @@ pub fn decode<M: Message + Default>(buffer: &mut BytesMut) -> Result<Option<M>, 
         return Ok(None);
     }
     buffer.advance(prefix);
-    M::decode(buffer.split_to(length)).map(Some).map_err(FrameError::Decode)
+    M::decode(buffer.split_to(length))
+        .map(Some)
+        .map_err(FrameError::Decode)
 }
 
 #[cfg(test)]
@@ -66,16 +70,28 @@ mod tests {
     #[test]
     fn a_length_over_the_limit_is_refused_before_its_bytes_come() {
         let mut bytes = BytesMut::from(&[0x81, 0x20][..]);
-        assert!(matches!(decode::<pb::Hello>(&mut bytes), Err(FrameError::TooLong)));
+        assert!(matches!(
+            decode::<pb::Hello>(&mut bytes),
+            Err(FrameError::TooLong)
+        ));
         let mut bytes = BytesMut::from(&[0xff, 0xff][..]);
-        assert!(matches!(decode::<pb::Hello>(&mut bytes), Err(FrameError::TooLong)));
+        assert!(matches!(
+            decode::<pb::Hello>(&mut bytes),
+            Err(FrameError::TooLong)
+        ));
     }
 
     #[test]
     fn unknown_fields_are_ignored() {
         // Field 100, varint 5, then `sequence` = 7.
         let mut bytes = BytesMut::from(&[5, 0xa0, 0x06, 0x05, 0x08, 0x07][..]);
-        assert_eq!(decode::<pb::Keepalive>(&mut bytes).unwrap().unwrap().sequence, 7);
+        assert_eq!(
+            decode::<pb::Keepalive>(&mut bytes)
+                .unwrap()
+                .unwrap()
+                .sequence,
+            7
+        );
     }
 
     proptest! {

@@ -134,24 +134,39 @@ pub struct Accepted<Peer> {
 }
 
 const fn limits_to_pb(limits: Limits) -> pb::Limits {
-    pb::Limits { max_streams: limits.max_streams, stream_window: limits.stream_window }
+    pb::Limits {
+        max_streams: limits.max_streams,
+        stream_window: limits.stream_window,
+    }
 }
 
 fn limits_from_pb(limits: Option<&pb::Limits>) -> Limits {
     // A peer that states none accepts one stream at a time, the least that works.
-    limits.map_or(Limits { max_streams: 1, stream_window: 0 }, |l| Limits {
-        max_streams: l.max_streams.max(1),
-        stream_window: l.stream_window,
-    })
+    limits.map_or(
+        Limits {
+            max_streams: 1,
+            stream_window: 0,
+        },
+        |l| Limits {
+            max_streams: l.max_streams.max(1),
+            stream_window: l.stream_window,
+        },
+    )
 }
 
 fn common(ours: &[String], theirs: &[String]) -> Capabilities {
-    ours.iter().filter(|c| theirs.iter().take(MAX_CAPABILITIES).any(|t| t == *c)).cloned().collect()
+    ours.iter()
+        .filter(|c| theirs.iter().take(MAX_CAPABILITIES).any(|t| t == *c))
+        .cloned()
+        .collect()
 }
 
 /// Shortens a peer's free text and keeps it printable, so that it can be logged.
 pub(super) fn printable(text: &str, most: usize) -> String {
-    text.chars().filter(|c| !c.is_control()).take(most).collect()
+    text.chars()
+        .filter(|c| !c.is_control())
+        .take(most)
+        .collect()
 }
 
 /// The server's side: `certified` is the name in the agent's certificate.
@@ -173,7 +188,9 @@ pub fn answer_hello(
     }
     let version = hello.max_version.min(*VERSIONS.end());
     if version < hello.min_version || !VERSIONS.contains(&version) {
-        return Err(HandshakeError::Version { theirs: hello.max_version });
+        return Err(HandshakeError::Version {
+            theirs: hello.max_version,
+        });
     }
     let capabilities = common(&ours.capabilities, &hello.capabilities);
     let ack = pb::HelloAck {
@@ -220,7 +237,9 @@ pub fn check_hello_ack(
         }
     };
     if !VERSIONS.contains(&ack.version) {
-        return Err(HandshakeError::Version { theirs: ack.version });
+        return Err(HandshakeError::Version {
+            theirs: ack.version,
+        });
     }
     Ok(Accepted {
         peer: ack.server.parse().map_err(HandshakeError::Name)?,
@@ -242,7 +261,10 @@ mod tests {
             agent: "edge1".parse().unwrap(),
             software: "edge-agent 0.1.0".into(),
             capabilities: vec!["a".into(), "b".into()],
-            limits: Limits { max_streams: 4096, stream_window: 1 << 20 },
+            limits: Limits {
+                max_streams: 4096,
+                stream_window: 1 << 20,
+            },
             instance: "x".into(),
         }
     }
@@ -252,12 +274,17 @@ mod tests {
             server: "proxy-1".parse().unwrap(),
             software: "proxy-server 0.1.0".into(),
             capabilities: vec!["b".into(), "c".into()],
-            limits: Limits { max_streams: 16, stream_window: 1 << 20 },
+            limits: Limits {
+                max_streams: 16,
+                stream_window: 1 << 20,
+            },
         }
     }
 
     fn ack_frame(ack: pb::HelloAck) -> pb::ControlFrame {
-        pb::ControlFrame { body: Some(pb::control_frame::Body::HelloAck(ack)) }
+        pb::ControlFrame {
+            body: Some(pb::control_frame::Body::HelloAck(ack)),
+        }
     }
 
     #[test]
@@ -267,7 +294,10 @@ mod tests {
             answer_hello(&offer().to_pb(), &name, &server(), SessionId::random(), 7).unwrap();
         let at_agent = check_hello_ack(ack_frame(ack), &offer()).unwrap();
         assert_eq!((at_server.version, at_agent.version), (1, 1));
-        assert_eq!((&at_server.capabilities, &at_agent.capabilities), (&vec!["b".into()], &vec!["b".into()]));
+        assert_eq!(
+            (&at_server.capabilities, &at_agent.capabilities),
+            (&vec!["b".into()], &vec!["b".into()])
+        );
         assert_eq!(at_agent.server_time_ms, 7);
         assert_eq!(at_server.limits.max_streams, 4096);
         assert_eq!(at_server.session, at_agent.session);
@@ -283,8 +313,18 @@ mod tests {
     #[test]
     fn a_newer_agent_is_answered_with_the_highest_common_version() {
         let name = "edge1".parse().unwrap();
-        for (min, max, fits) in [(1, 9, true), (2, 9, false), (0, 0, false), (0, 1, true), (5, 1, false)] {
-            let hello = pb::Hello { min_version: min, max_version: max, ..offer().to_pb() };
+        for (min, max, fits) in [
+            (1, 9, true),
+            (2, 9, false),
+            (0, 0, false),
+            (0, 1, true),
+            (5, 1, false),
+        ] {
+            let hello = pb::Hello {
+                min_version: min,
+                max_version: max,
+                ..offer().to_pb()
+            };
             let result = answer_hello(&hello, &name, &server(), SessionId::random(), 0);
             assert_eq!(result.is_ok(), fits, "{min}..={max}");
         }
@@ -298,7 +338,9 @@ mod tests {
             detail: "agent edge1 is\r\n revoked".into(),
             deadline_ms: 0,
         };
-        let frame = pb::ControlFrame { body: Some(pb::control_frame::Body::GoAway(away)) };
+        let frame = pb::ControlFrame {
+            body: Some(pb::control_frame::Body::GoAway(away)),
+        };
         assert_eq!(
             check_hello_ack(frame, &offer()).unwrap_err(),
             HandshakeError::Refused {

@@ -68,10 +68,14 @@ pub type StreamReply = Result<(), (Reason, String)>;
 impl From<&StreamReply> for pb::StreamReply {
     fn from(reply: &StreamReply) -> Self {
         match reply {
-            Ok(()) => Self { reason: 0, detail: String::new() },
-            Err((reason, detail)) => {
-                Self { reason: reason.code(), detail: printable(detail, MAX_DETAIL) }
-            }
+            Ok(()) => Self {
+                reason: 0,
+                detail: String::new(),
+            },
+            Err((reason, detail)) => Self {
+                reason: reason.code(),
+                detail: printable(detail, MAX_DETAIL),
+            },
         }
     }
 }
@@ -80,7 +84,10 @@ impl From<&pb::StreamReply> for StreamReply {
     fn from(reply: &pb::StreamReply) -> Self {
         match reply.reason {
             0 => Ok(()),
-            code => Err((Reason::from_code(code.into()), printable(&reply.detail, MAX_DETAIL))),
+            code => Err((
+                Reason::from_code(code.into()),
+                printable(&reply.detail, MAX_DETAIL),
+            )),
         }
     }
 }
@@ -104,16 +111,24 @@ mod tests {
     #[test]
     fn a_header_without_a_destination_is_refused() {
         for (host, port) in [("", 1), ("a", 0), ("a", 65_536), ("a b", 1), ("[a]", 1)] {
-            let header = pb::StreamHeader { host: host.into(), port, ..Default::default() };
+            let header = pb::StreamHeader {
+                host: host.into(),
+                port,
+                ..Default::default()
+            };
             assert!(StreamHeader::from_pb(&header).is_err(), "{host} {port}");
         }
     }
 
     #[test]
     fn replies_read_back_and_are_printable() {
-        let refused: StreamReply = Err((Reason::DialRefused, "dial 127.0.0.1:1:\r\nrefused".into()));
+        let refused: StreamReply =
+            Err((Reason::DialRefused, "dial 127.0.0.1:1:\r\nrefused".into()));
         let read = StreamReply::from(&pb::StreamReply::from(&refused));
-        assert_eq!(read, Err((Reason::DialRefused, "dial 127.0.0.1:1:refused".into())));
+        assert_eq!(
+            read,
+            Err((Reason::DialRefused, "dial 127.0.0.1:1:refused".into()))
+        );
         assert_eq!(StreamReply::from(&pb::StreamReply::from(&Ok(()))), Ok(()));
     }
 }

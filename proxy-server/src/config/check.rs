@@ -17,13 +17,23 @@ pub(super) fn check(config: &Config, file: &Path) -> Result<(), ConfigError> {
     problems.check(
         Name::parse(&config.name).is_ok(),
         "name",
-        format!("{:?} is no DNS name; set it, the host name won't do", config.name),
+        format!(
+            "{:?} is no DNS name; set it, the host name won't do",
+            config.name
+        ),
     );
-    problems.check(!config.backend.listen.is_empty(), "backend.listen", "at least one address is needed");
+    problems.check(
+        !config.backend.listen.is_empty(),
+        "backend.listen",
+        "at least one address is needed",
+    );
     problems.check(
         config.backend.idle_timeout >= LEAST_IDLE,
         "backend.idleTimeout",
-        format!("must be at least {}", humantime::format_duration(LEAST_IDLE)),
+        format!(
+            "must be at least {}",
+            humantime::format_duration(LEAST_IDLE)
+        ),
     );
     problems.check(
         config.backend.memory.0 >= 1 << 20,
@@ -50,14 +60,20 @@ pub(super) fn check(config: &Config, file: &Path) -> Result<(), ConfigError> {
         ("limits.connections", config.limits.connections),
         ("limits.handshakes", config.limits.handshakes),
         ("limits.sessionsPerAgent", config.limits.sessions_per_agent),
-        ("limits.sessionsPerSecond", config.limits.sessions_per_second as usize),
+        (
+            "limits.sessionsPerSecond",
+            config.limits.sessions_per_second as usize,
+        ),
     ] {
         problems.check(value > 0, key, "must not be zero");
     }
     problems.check(
         daemon::admin::is_local(&config.admin.listen),
         "admin.listen",
-        format!("{} is not a loopback address, and the endpoint asks for no password", config.admin.listen),
+        format!(
+            "{} is not a loopback address, and the endpoint asks for no password",
+            config.admin.listen
+        ),
     );
     problems.into_result(file)
 }
@@ -72,7 +88,11 @@ fn frontends(config: &Config, problems: &mut Problems) {
             problems.push(key("listen"), format!("{listen} is listened on twice"));
         }
         let (client_ca, allowed_names) = match frontend {
-            Frontend::HttpConnect { client_ca, allowed_names, .. } => {
+            Frontend::HttpConnect {
+                client_ca,
+                allowed_names,
+                ..
+            } => {
                 let unix = matches!(listen, Listen::Unix(_));
                 problems.check(
                     !(unix && client_ca.is_some()),
@@ -81,7 +101,11 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 );
                 (client_ca, allowed_names)
             }
-            Frontend::ForwardProxy { client_ca, allowed_names, .. } => {
+            Frontend::ForwardProxy {
+                client_ca,
+                allowed_names,
+                ..
+            } => {
                 problems.check(
                     matches!(listen, Listen::Tcp(_)),
                     key("listen"),
@@ -155,8 +179,18 @@ mod tests {
         .unwrap_err()
         .to_string();
         for key in [
-            "name", "backend.listen", "backend.memory", "routes[1].node", "routes[1].agent", "timeouts.dial", "timeouts.header",
-            "admin.listen", "frontends[0].clientCa", "frontends[0].allowedNames", "frontends[1].listen", "frontends[1].allowedNames",
+            "name",
+            "backend.listen",
+            "backend.memory",
+            "routes[1].node",
+            "routes[1].agent",
+            "timeouts.dial",
+            "timeouts.header",
+            "admin.listen",
+            "frontends[0].clientCa",
+            "frontends[0].allowedNames",
+            "frontends[1].listen",
+            "frontends[1].allowedNames",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
         }
@@ -172,7 +206,9 @@ mod tests {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with(place), "{error}");
         }
-        let error = parse("name: a\nfrontends:\n- {type: httpConnect, listen: 'unix:/x', defalt: direct}\n");
+        let error = parse(
+            "name: a\nfrontends:\n- {type: httpConnect, listen: 'unix:/x', defalt: direct}\n",
+        );
         assert!(error.unwrap_err().to_string().contains("defalt"));
     }
 }

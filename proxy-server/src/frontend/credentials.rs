@@ -48,7 +48,12 @@ pub struct Credentials {
 
 impl std::fmt::Debug for Credentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Credentials({} tokens, {} users)", self.bearer.len(), self.basic.len())
+        write!(
+            f,
+            "Credentials({} tokens, {} users)",
+            self.bearer.len(),
+            self.basic.len()
+        )
     }
 }
 
@@ -61,13 +66,21 @@ fn sha256(secret: &[u8]) -> [u8; 32] {
 fn lines(file: &Path) -> Result<Vec<(usize, String)>, CredentialsError> {
     use std::io::Read;
     let name = file.display().to_string();
-    let read = |source| CredentialsError::Read { file: name.clone(), source };
+    let read = |source| CredentialsError::Read {
+        file: name.clone(),
+        source,
+    };
     let mut text = String::new();
     std::fs::File::open(file)
         .and_then(|opened| opened.take(MAX_FILE).read_to_string(&mut text))
         .map_err(read)?;
-    let kept = text.lines().enumerate().map(|(i, line)| (i + 1, line.trim().to_owned()));
-    Ok(kept.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')).collect())
+    let kept = text
+        .lines()
+        .enumerate()
+        .map(|(i, line)| (i + 1, line.trim().to_owned()));
+    Ok(kept
+        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+        .collect())
 }
 
 impl Credentials {
@@ -81,7 +94,11 @@ impl Credentials {
             for (line, token) in lines(file)? {
                 let problem = "a token has at least 12 characters and no space";
                 if token.len() < MIN_SECRET || token.contains(char::is_whitespace) {
-                    return Err(CredentialsError::Line { file: file.display().to_string(), line, problem });
+                    return Err(CredentialsError::Line {
+                        file: file.display().to_string(),
+                        line,
+                        problem,
+                    });
                 }
                 all.bearer.push(sha256(token.as_bytes()));
             }
@@ -94,7 +111,11 @@ impl Credentials {
                         all.basic.push((user.to_owned(), sha256(entry.as_bytes())));
                     }
                     Some(_) | None => {
-                        return Err(CredentialsError::Line { file: file.display().to_string(), line, problem });
+                        return Err(CredentialsError::Line {
+                            file: file.display().to_string(),
+                            line,
+                            problem,
+                        });
                     }
                 }
             }
@@ -112,7 +133,11 @@ impl Credentials {
         if scheme.eq_ignore_ascii_case("bearer") {
             let given = sha256(rest.as_bytes());
             // Every entry is compared, so that time tells nothing of which one matched.
-            let matches = self.bearer.iter().filter(|known| same(&given, known)).count();
+            let matches = self
+                .bearer
+                .iter()
+                .filter(|known| same(&given, known))
+                .count();
             return (matches > 0).then(|| "bearer".to_owned());
         }
         if scheme.eq_ignore_ascii_case("basic") {
@@ -152,12 +177,23 @@ mod tests {
         let bearer = file("# scrapers\ntoken-of-prometheus\n");
         let basic = file("prom:a-long-password\n");
         let all = Credentials::load(Some(bearer.path()), Some(basic.path())).unwrap();
-        assert_eq!(asks(&all, "Bearer token-of-prometheus").as_deref(), Some("bearer"));
+        assert_eq!(
+            asks(&all, "Bearer token-of-prometheus").as_deref(),
+            Some("bearer")
+        );
         let basic = |pair: &str| format!("Basic {}", STANDARD.encode(pair));
-        assert_eq!(asks(&all, &basic("prom:a-long-password")).as_deref(), Some("user/prom"));
+        assert_eq!(
+            asks(&all, &basic("prom:a-long-password")).as_deref(),
+            Some("user/prom")
+        );
         for wrong in [
-            "Bearer token-of-prometheu".to_owned(), "Bearer ".into(), "Basic !!".into(), basic("prom:wrong-password"),
-            basic("other:a-long-password"), "Digest x".into(), "token-of-prometheus".into(),
+            "Bearer token-of-prometheu".to_owned(),
+            "Bearer ".into(),
+            "Basic !!".into(),
+            basic("prom:wrong-password"),
+            basic("other:a-long-password"),
+            "Digest x".into(),
+            "token-of-prometheus".into(),
         ] {
             assert_eq!(asks(&all, &wrong), None, "{wrong}");
         }
@@ -168,8 +204,13 @@ mod tests {
     #[test]
     fn a_bad_line_is_named_and_not_shown() {
         let short = file("\nshort\n");
-        let error = Credentials::load(Some(short.path()), None).unwrap_err().to_string();
-        assert!(error.contains(":2:") && !error.contains("short\n"), "{error}");
+        let error = Credentials::load(Some(short.path()), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(":2:") && !error.contains("short\n"),
+            "{error}"
+        );
         let no_colon = file("just-a-password\n");
         Credentials::load(None, Some(no_colon.path())).unwrap_err();
     }

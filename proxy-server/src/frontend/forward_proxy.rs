@@ -101,7 +101,10 @@ impl ForwardProxy {
         let who = certified.or_else(|| self.credentials.load().requester(request.headers()));
         let Some(requester) = who else {
             let sentence = Reason::Unauthenticated.sentence().to_owned();
-            return self.refuse(&Refusal { reason: Reason::Unauthenticated, sentence });
+            return self.refuse(&Refusal {
+                reason: Reason::Unauthenticated,
+                sentence,
+            });
         };
         let answered = if request.method() == Method::CONNECT {
             self.connect(request, requester).await
@@ -113,7 +116,9 @@ impl ForwardProxy {
 
     /// Refuses what never became a [`Request`].
     fn refuse(&self, refusal: &Refusal) -> Response<Body> {
-        self.forwarder.metrics.stream(NAME, Path::None, Outcome::Failed(refusal.reason));
+        self.forwarder
+            .metrics
+            .stream(NAME, Path::None, Outcome::Failed(refusal.reason));
         tracing::info!(target: "access", frontend = NAME, reason = refusal.reason.label(), said = %refusal, "request refused");
         response(refusal)
     }
@@ -123,9 +128,16 @@ impl ForwardProxy {
         mut request: HttpRequest<Incoming>,
         requester: String,
     ) -> Result<Response<Body>, Refusal> {
-        let destination = destination(request.uri().authority().map(http::uri::Authority::as_str), None)?;
-        let wanted =
-            Request { frontend: NAME, requester, destination, elsewhere: Elsewhere::Refuse };
+        let destination = destination(
+            request.uri().authority().map(http::uri::Authority::as_str),
+            None,
+        )?;
+        let wanted = Request {
+            frontend: NAME,
+            requester,
+            destination,
+            elsewhere: Elsewhere::Refuse,
+        };
         // hyper drops this future when the requester hangs up, and with it the stream that is being opened.
         let opened = self.forwarder.open(wanted, std::future::pending()).await?;
         let upgrade = hyper::upgrade::on(&mut request);
@@ -146,7 +158,10 @@ impl ForwardProxy {
         let uri = request.uri();
         if uri.scheme() != Some(&http::uri::Scheme::HTTP) {
             let sentence = "only http:// URLs and CONNECT are served here".to_owned();
-            return Err(Refusal { reason: Reason::BadRequest, sentence });
+            return Err(Refusal {
+                reason: Reason::BadRequest,
+                sentence,
+            });
         }
         destination(uri.authority().map(http::uri::Authority::as_str), Some(80))?;
         strip_hop_by_hop(request.headers_mut());
@@ -214,7 +229,9 @@ async fn relay(opened: Opened, upgraded: Upgraded) {
 }
 
 fn empty() -> Body {
-    Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
+    Full::new(Bytes::new())
+        .map_err(|never| match never {})
+        .boxed()
 }
 
 fn response(refusal: &Refusal) -> Response<Body> {
@@ -227,7 +244,9 @@ fn response(refusal: &Refusal) -> Response<Body> {
     }
     if refusal.reason == Reason::Unauthenticated {
         let challenge = HeaderValue::from_static("Basic realm=\"corvid\"");
-        response.headers_mut().insert(header::PROXY_AUTHENTICATE, challenge);
+        response
+            .headers_mut()
+            .insert(header::PROXY_AUTHENTICATE, challenge);
     }
     response
 }
@@ -242,7 +261,10 @@ mod tests {
         assert_eq!(of("edge1", Some(80)).as_deref(), Some("edge1:80"));
         assert_eq!(of("[fd00::1]", Some(80)).as_deref(), Some("[fd00::1]:80"));
         assert_eq!(of("edge1:9100", Some(80)).as_deref(), Some("edge1:9100"));
-        assert_eq!(of("user:pw@edge1:9100", Some(80)).as_deref(), Some("edge1:9100"));
+        assert_eq!(
+            of("user:pw@edge1:9100", Some(80)).as_deref(),
+            Some("edge1:9100")
+        );
         assert_eq!(of("edge1", None), None);
     }
 
@@ -252,7 +274,10 @@ mod tests {
         headers.insert(header::PROXY_AUTHORIZATION, "Basic x".parse().unwrap());
         headers.insert(header::CONNECTION, "X-Private, close".parse().unwrap());
         headers.insert("x-private", "1".parse().unwrap());
-        headers.insert(header::AUTHORIZATION, "Bearer for-the-exporter".parse().unwrap());
+        headers.insert(
+            header::AUTHORIZATION,
+            "Bearer for-the-exporter".parse().unwrap(),
+        );
         strip_hop_by_hop(&mut headers);
         assert_eq!(headers.keys().collect::<Vec<_>>(), [&header::AUTHORIZATION]);
     }

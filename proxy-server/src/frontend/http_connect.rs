@@ -51,25 +51,41 @@ impl HttpConnect {
         };
         let mut buffer = BytesMut::new();
         let head = timeout(limit, read_head(&mut io, &mut buffer)).await;
-        let late = Refusal { reason: Reason::Timeout, sentence: "no request came in time".into() };
+        let late = Refusal {
+            reason: Reason::Timeout,
+            sentence: "no request came in time".into(),
+        };
         let destination = match head.unwrap_or(Err(Head::Bad(late))) {
             Ok(destination) => destination,
             // Opened and closed: a probe of a load balancer.
             Err(Head::Gone) => return,
             Err(Head::Bad(refusal)) => {
-                metrics.stream(NAME, crate::record::Path::None, crate::record::Outcome::Failed(refusal.reason));
+                metrics.stream(
+                    NAME,
+                    crate::record::Path::None,
+                    crate::record::Outcome::Failed(refusal.reason),
+                );
                 tracing::info!(target: "access", frontend = NAME, %requester, reason = refusal.reason.label(), said = %refusal, "request refused");
                 return answer(&mut io, &refusal).await;
             }
         };
-        let request =
-            Request { frontend: NAME, requester, destination, elsewhere: self.elsewhere };
-        let opened = self.forwarder.open(request, until_gone(&mut io, &mut buffer)).await;
+        let request = Request {
+            frontend: NAME,
+            requester,
+            destination,
+            elsewhere: self.elsewhere,
+        };
+        let opened = self
+            .forwarder
+            .open(request, until_gone(&mut io, &mut buffer))
+            .await;
         match opened {
             Err(refusal) if refusal.reason == Reason::Cancelled => {}
             Err(refusal) => answer(&mut io, &refusal).await,
             Ok(opened) => {
-                if io.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.is_err() || io.flush().await.is_err() {
+                if io.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.is_err()
+                    || io.flush().await.is_err()
+                {
                     // The relay finds out what that means and records it.
                     tracing::debug!("the requester left before its answer");
                 }
@@ -91,7 +107,10 @@ enum Head {
 }
 
 fn bad(reason: Reason, sentence: &str) -> Head {
-    Head::Bad(Refusal { reason, sentence: sentence.to_owned() })
+    Head::Bad(Refusal {
+        reason,
+        sentence: sentence.to_owned(),
+    })
 }
 
 /// Reads the head; what came behind it stays in `buffer`.
@@ -102,12 +121,17 @@ async fn read_head(io: &mut Io, buffer: &mut BytesMut) -> Result<Destination, He
             return Ok(destination);
         }
         if buffer.len() >= MAX_HEAD {
-            return Err(bad(Reason::TooLarge, "the request's head is larger than 8 KiB"));
+            return Err(bad(
+                Reason::TooLarge,
+                "the request's head is larger than 8 KiB",
+            ));
         }
         buffer.reserve(1024);
         match io.read_buf(buffer).await {
             Ok(0) | Err(_) if buffer.is_empty() => return Err(Head::Gone),
-            Ok(0) | Err(_) => return Err(bad(Reason::BadRequest, "the request ended within its head")),
+            Ok(0) | Err(_) => {
+                return Err(bad(Reason::BadRequest, "the request ended within its head"));
+            }
             Ok(_) => {}
         }
     }
@@ -121,7 +145,10 @@ fn parse(bytes: &[u8]) -> Result<Option<(Destination, usize)>, Head> {
         Ok(httparse::Status::Partial) => return Ok(None),
         Ok(httparse::Status::Complete(length)) => length,
         Err(httparse::Error::TooManyHeaders) => {
-            return Err(bad(Reason::TooLarge, "the request has more than 64 header fields"));
+            return Err(bad(
+                Reason::TooLarge,
+                "the request has more than 64 header fields",
+            ));
         }
         Err(_) => return Err(bad(Reason::BadRequest, "the request is not HTTP/1.1")),
     };
@@ -131,9 +158,10 @@ fn parse(bytes: &[u8]) -> Result<Option<(Destination, usize)>, Head> {
     let target = request.path.unwrap_or_default();
     match target.parse() {
         Ok(destination) => Ok(Some((destination, length))),
-        Err(error) => {
-            Err(bad(Reason::BadRequest, &format!("CONNECT {target}: {error}")))
-        }
+        Err(error) => Err(bad(
+            Reason::BadRequest,
+            &format!("CONNECT {target}: {error}"),
+        )),
     }
 }
 
@@ -187,15 +215,23 @@ mod tests {
         for cut in 0..text.len() {
             assert_eq!(parsed(&text[..cut]), Ok(None), "{cut}");
         }
-        assert_eq!(parsed(&format!("{text}\x16\x03")).unwrap().unwrap().1, text.len());
+        assert_eq!(
+            parsed(&format!("{text}\x16\x03")).unwrap().unwrap().1,
+            text.len()
+        );
     }
 
     #[test]
     fn anything_else_is_a_bad_request() {
         for text in [
-            "GET / HTTP/1.1\r\n\r\n", "CONNECT / HTTP/1.1\r\n\r\n", "CONNECT edge1 HTTP/1.1\r\n\r\n",
-            "CONNECT edge1:0 HTTP/1.1\r\n\r\n", "CONNECT http://edge1:1/ HTTP/1.1\r\n\r\n", "\x16\x03\x01\x02\x00\x01",
-            "CONNECT edge1:1 HTTP/2\r\n\r\n", "CONNECT edge1:1\r\n\r\n",
+            "GET / HTTP/1.1\r\n\r\n",
+            "CONNECT / HTTP/1.1\r\n\r\n",
+            "CONNECT edge1 HTTP/1.1\r\n\r\n",
+            "CONNECT edge1:0 HTTP/1.1\r\n\r\n",
+            "CONNECT http://edge1:1/ HTTP/1.1\r\n\r\n",
+            "\x16\x03\x01\x02\x00\x01",
+            "CONNECT edge1:1 HTTP/2\r\n\r\n",
+            "CONNECT edge1:1\r\n\r\n",
         ] {
             assert_eq!(parsed(text), Err(Reason::BadRequest), "{text:?}");
         }
@@ -207,7 +243,10 @@ mod tests {
     fn the_answer_is_one_status_line_with_the_sentence() {
         let refusal = Refusal::about("node edge1", Reason::NoSession);
         let head = refusal_head(&refusal);
-        assert!(head.starts_with("HTTP/1.1 503 node edge1: no session\r\n"), "{head}");
+        assert!(
+            head.starts_with("HTTP/1.1 503 node edge1: no session\r\n"),
+            "{head}"
+        );
         assert!(head.ends_with("\r\n\r\n"));
     }
 }

@@ -27,21 +27,28 @@ fn is_forbidden(ip: IpAddr) -> bool {
         IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
-    special || ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || METADATA.contains(&ip)
+    special
+        || ip.is_loopback()
+        || ip.is_unspecified()
+        || ip.is_multicast()
+        || METADATA.contains(&ip)
 }
 
 /// Whether `address` is one of our own listeners; `own` has bound addresses, possibly unspecified ones.
 fn is_ourselves(address: SocketAddr, own: &[SocketAddr], interfaces: &[IpAddr]) -> bool {
     own.iter().any(|listener| {
         let here = listener.ip() == address.ip()
-            || (listener.ip().is_unspecified() && interfaces.contains(&address.ip().to_canonical()));
+            || (listener.ip().is_unspecified()
+                && interfaces.contains(&address.ip().to_canonical()));
         here && listener.port() == address.port()
     })
 }
 
 /// Addresses of this machine's interfaces.
 fn interfaces() -> Vec<IpAddr> {
-    let Ok(all) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
+    let Ok(all) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
     let address = |interface: nix::ifaddrs::InterfaceAddress| {
         let address = interface.address?;
         let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
@@ -51,14 +58,21 @@ fn interfaces() -> Vec<IpAddr> {
 }
 
 fn reason(error: &io::Error) -> Reason {
-    #[expect(clippy::wildcard_enum_match_arm, reason = "ErrorKind is not exhaustive")]
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "ErrorKind is not exhaustive"
+    )]
     match error.kind() {
         io::ErrorKind::ConnectionRefused => Reason::DialRefused,
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
             Reason::DialUnreachable
         }
         io::ErrorKind::TimedOut => Reason::DialTimeout,
-        _ if matches!(error.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE)) => {
+        _ if matches!(
+            error.raw_os_error(),
+            Some(nix::libc::EMFILE | nix::libc::ENFILE)
+        ) =>
+        {
             Reason::FilesExhausted
         }
         _ => Reason::DialFailed,
@@ -80,9 +94,8 @@ pub async fn dial(
         Host::Name(name) => {
             let lookup = tokio::net::lookup_host((name.as_str(), destination.port));
             let found = timeout_at(deadline, lookup).await.map_err(late)?;
-            let failed = |e: io::Error| {
-                Refusal::detailed(destination, Reason::Resolve, &e.to_string())
-            };
+            let failed =
+                |e: io::Error| Refusal::detailed(destination, Reason::Resolve, &e.to_string());
             found.map_err(failed)?.collect()
         }
     };
@@ -93,7 +106,10 @@ pub async fn dial(
             last = Refusal::about(destination, Reason::ForbiddenDestination);
             continue;
         }
-        #[expect(clippy::disallowed_methods, reason = "the one place that dials without a tunnel")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the one place that dials without a tunnel"
+        )]
         let connect = TcpStream::connect(address);
         match timeout_at(deadline, connect).await.map_err(late)? {
             Ok(stream) => {
@@ -115,19 +131,40 @@ mod tests {
     #[test]
     fn loopback_link_local_and_metadata_are_never_dialled() {
         for ip in [
-            "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "169.254.169.254", "fe80::1", "0.0.0.0", "::",
-            "224.0.0.1", "ff02::1", "255.255.255.255", "fd00:ec2::254", "100.100.100.200", "::ffff:169.254.169.254",
+            "127.0.0.1",
+            "127.9.9.9",
+            "::1",
+            "::ffff:127.0.0.1",
+            "169.254.169.254",
+            "fe80::1",
+            "0.0.0.0",
+            "::",
+            "224.0.0.1",
+            "ff02::1",
+            "255.255.255.255",
+            "fd00:ec2::254",
+            "100.100.100.200",
+            "::ffff:169.254.169.254",
         ] {
             assert!(is_forbidden(ip.parse().unwrap()), "{ip}");
         }
-        for ip in ["10.96.0.1", "192.168.1.10", "203.0.113.1", "fd00::1", "2001:db8::1"] {
+        for ip in [
+            "10.96.0.1",
+            "192.168.1.10",
+            "203.0.113.1",
+            "fd00::1",
+            "2001:db8::1",
+        ] {
             assert!(!is_forbidden(ip.parse().unwrap()), "{ip}");
         }
     }
 
     #[test]
     fn our_own_listeners_are_never_dialled() {
-        let own = ["0.0.0.0:8444".parse().unwrap(), "10.0.0.1:8445".parse().unwrap()];
+        let own = [
+            "0.0.0.0:8444".parse().unwrap(),
+            "10.0.0.1:8445".parse().unwrap(),
+        ];
         let interfaces = ["10.0.0.1".parse().unwrap()];
         let ours = |a: &str| is_ourselves(a.parse().unwrap(), &own, &interfaces);
         assert!(ours("10.0.0.1:8444") && ours("10.0.0.1:8445"));

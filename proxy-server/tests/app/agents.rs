@@ -15,19 +15,28 @@ fn offer(name: &str) -> Offer {
         agent: name.parse().unwrap(),
         software: "test".into(),
         capabilities: vec![],
-        limits: Limits { max_streams: 16, stream_window: 1 << 16 },
+        limits: Limits {
+            max_streams: 16,
+            stream_window: 1 << 16,
+        },
         instance: String::new(),
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_that_claims_another_name_is_told_and_refused() {
-    let stack = Stack::start("").await;
+    let stack = Stack::start("");
     let own = stack.enrolled("edge1").await;
     let session = bare_session(&stack, &own).await.unwrap();
-    let refused = Control::dial(session.clone(), &offer("edge2")).await.unwrap_err();
+    let refused = Control::dial(session.clone(), &offer("edge2"))
+        .await
+        .unwrap_err();
     assert_eq!(refused.reason(), Reason::IdentityMismatch);
-    while stack.metric("corvid_sessions_refused_total{reason=\"identity_mismatch\"}").await < 1.0 {
+    while stack
+        .metric("corvid_sessions_refused_total{reason=\"identity_mismatch\"}")
+        .await
+        < 1.0
+    {
         tokio::task::yield_now().await;
     }
     assert!(stack.registry.is_empty());
@@ -36,7 +45,7 @@ async fn an_agent_that_claims_another_name_is_told_and_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn certificates_of_another_role_or_authority_open_no_session() {
-    let stack = Stack::start("").await;
+    let stack = Stack::start("");
     let foreign = certs::test_ca::TestCa::new();
     let mut stranger = foreign.own(foreign.agent("edge1"));
     stranger.bundle = certs::LiveBundle::new(stack.issuer().bundle().clone());
@@ -47,7 +56,11 @@ async fn certificates_of_another_role_or_authority_open_no_session() {
         }
     }
     assert!(stack.registry.is_empty());
-    while stack.metric("corvid_sessions_refused_total{reason=\"tls\"}").await < 2.0 {
+    while stack
+        .metric("corvid_sessions_refused_total{reason=\"tls\"}")
+        .await
+        < 2.0
+    {
         tokio::task::yield_now().await;
     }
     stack.stop().await;
@@ -55,15 +68,21 @@ async fn certificates_of_another_role_or_authority_open_no_session() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_on_the_control_stream_is_refused_once_and_leaves_the_others() {
-    let mut stack = Stack::start("").await;
+    let mut stack = Stack::start("");
     stack.agent("edge1", "");
     stack.sessions("edge1", 1).await;
     let own = stack.enrolled("edge2").await;
     let session = bare_session(&stack, &own).await.unwrap();
     let (mut send, _recv) = session.open().await.unwrap();
-    send.write_chunk(bytes::Bytes::from_static(b"\xff\xff\xff\xff")).await.unwrap();
+    send.write_chunk(bytes::Bytes::from_static(b"\xff\xff\xff\xff"))
+        .await
+        .unwrap();
     assert_eq!(end(&session).await, Reason::Protocol);
-    while stack.metric("corvid_sessions_refused_total{reason=\"protocol\"}").await < 1.0 {
+    while stack
+        .metric("corvid_sessions_refused_total{reason=\"protocol\"}")
+        .await
+        < 1.0
+    {
         tokio::task::yield_now().await;
     }
     stack.sessions("edge1", 1).await;
@@ -72,7 +91,7 @@ async fn garbage_on_the_control_stream_is_refused_once_and_leaves_the_others() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_is_good_for_its_uses_and_no_more() {
-    let stack = Stack::start("").await;
+    let stack = Stack::start("");
     let (token, pin, clock) = (stack.token(1), stack.issuer().pin(), Clock::system());
     let trust_domain = TrustDomain::default();
     let mut outcomes = Vec::new();
@@ -98,24 +117,34 @@ async fn a_token_is_good_for_its_uses_and_no_more() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_revoked_agents_sessions_end_and_it_gets_no_other() {
-    let stack = Stack::start("").await;
+    let stack = Stack::start("");
     let own = stack.enrolled("edge1").await;
     let session = bare_session(&stack, &own).await.unwrap();
-    let (control, _) = Control::dial(session.clone(), &offer("edge1")).await.unwrap();
+    let (control, _) = Control::dial(session.clone(), &offer("edge1"))
+        .await
+        .unwrap();
     stack.sessions("edge1", 1).await;
     let live = proto::control::Liveness::new(proto::transport::keepalive::Keepalive::default());
-    stack.store().revoke_agent(&Name::parse("edge1").unwrap(), Clock::system().now()).unwrap();
+    stack
+        .store()
+        .revoke_agent(&Name::parse("edge1").unwrap(), Clock::system().now())
+        .unwrap();
     let ended = within(control.run(&live, |_| ())).await;
     assert_eq!(ended.reason(), Reason::Revoked);
     if let Ok(again) = bare_session(&stack, &own).await {
         assert_eq!(end(&again).await, Reason::Tls);
     }
     stack.sessions("edge1", 0).await;
-    stack.store().allow_agent(&Name::parse("edge1").unwrap()).unwrap();
+    stack
+        .store()
+        .allow_agent(&Name::parse("edge1").unwrap())
+        .unwrap();
     // The store is watched; until it is read again the handshake is refused.
     let allowed = async {
         loop {
-            let Ok(session) = bare_session(&stack, &own).await else { continue };
+            let Ok(session) = bare_session(&stack, &own).await else {
+                continue;
+            };
             if Control::dial(session, &offer("edge1")).await.is_ok() {
                 return;
             }
@@ -127,7 +156,7 @@ async fn a_revoked_agents_sessions_end_and_it_gets_no_other() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_newer_session_takes_over_and_a_dead_older_one_is_found_out() {
-    let stack = Stack::start("").await;
+    let stack = Stack::start("");
     let own = stack.enrolled("edge1").await;
     let first = bare_session(&stack, &own).await.unwrap();
     // Agreed, and then silent: nobody runs its control stream, as if the process were stopped.
@@ -139,7 +168,10 @@ async fn a_newer_session_takes_over_and_a_dead_older_one_is_found_out() {
     let live = proto::control::Liveness::new(proto::transport::keepalive::Keepalive::default());
     let checks = async {
         stack.sessions("edge1", 2).await;
-        assert_ne!(stack.registry.pick(&"edge1".parse().unwrap()).unwrap().id, old);
+        assert_ne!(
+            stack.registry.pick(&"edge1".parse().unwrap()).unwrap().id,
+            old
+        );
         assert_eq!(end(&first).await, Reason::Replaced);
         stack.sessions("edge1", 1).await;
     };
@@ -152,22 +184,27 @@ async fn a_newer_session_takes_over_and_a_dead_older_one_is_found_out() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn agents_over_the_rate_are_told_when_to_come_again() {
-    let stack = Stack::start("limits: {sessionsPerSecond: 1}").await;
+    let stack = Stack::start("limits: {sessionsPerSecond: 1}");
     let own = stack.enrolled("edge1").await;
     let mut told = None;
     for _ in 0..5 {
         let session = bare_session(&stack, &own).await.unwrap();
         match Control::dial(session, &offer("edge1")).await {
             Ok(_) => {}
-            Err(proto::control::ControlError::Handshake(proto::wire::HandshakeError::Refused {
-                reason,
-                retry_after_ms,
-                ..
-            })) => told = Some((reason, Duration::from_millis(retry_after_ms.into()))),
+            Err(proto::control::ControlError::Handshake(
+                proto::wire::HandshakeError::Refused {
+                    reason,
+                    retry_after_ms,
+                    ..
+                },
+            )) => told = Some((reason, Duration::from_millis(retry_after_ms.into()))),
             Err(error) => panic!("{error}"),
         }
     }
     let (reason, after) = told.expect("one of five is refused");
-    assert!(reason == Reason::Overloaded && after > Duration::ZERO, "{reason} {after:?}");
+    assert!(
+        reason == Reason::Overloaded && after > Duration::ZERO,
+        "{reason} {after:?}"
+    );
     stack.shutdown.cancel();
 }

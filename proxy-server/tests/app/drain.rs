@@ -8,7 +8,7 @@ use crate::stack::{Stack, allow, descriptors, echo, eventually, tls, within};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_may_end_within_the_grace() {
-    let mut stack = Stack::start("drain: {minDelay: 100ms, grace: 30s}").await;
+    let mut stack = Stack::start("drain: {minDelay: 100ms, grace: 30s}");
     let mut edge = JoinSet::new();
     let port = echo(&mut edge).await;
     stack.agent("edge1", &allow(&[port]));
@@ -16,7 +16,10 @@ async fn streams_may_end_within_the_grace() {
     let mut stream = stack.connect(&format!("edge1:{port}")).await.unwrap();
     stack.shutdown.cancel();
     let session = std::sync::Arc::clone(&stack.registry.all()[0]);
-    eventually("the agent is told to go", || session.going.load(std::sync::atomic::Ordering::Relaxed)).await;
+    eventually("the agent is told to go", || {
+        session.going.load(std::sync::atomic::Ordering::Relaxed)
+    })
+    .await;
     stream.write_all(b"still served").await.unwrap();
     let mut answer = [0; 12];
     within(stream.read_exact(&mut answer)).await.unwrap();
@@ -29,28 +32,38 @@ async fn streams_may_end_within_the_grace() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_does_not_end_is_cut_and_never_looks_finished() {
-    let mut stack = Stack::start("drain: {minDelay: 50ms, grace: 200ms}").await;
+    let mut stack = Stack::start("drain: {minDelay: 50ms, grace: 200ms}");
     let mut edge = JoinSet::new();
     let port = echo(&mut edge).await;
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
-    let mut stream = tls(stack.tcp(1), &stack.client("kube-apiserver")).await.unwrap();
-    stream.write_all(format!("CONNECT edge1:{port} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+    let mut stream = tls(stack.tcp(1), &stack.client("kube-apiserver"))
+        .await
+        .unwrap();
+    stream
+        .write_all(format!("CONNECT edge1:{port} HTTP/1.1\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
     assert!(crate::stack::status_line(&mut stream).await.contains("200"));
     stack.shutdown.cancel();
     let mut rest = Vec::new();
-    within(stream.read_to_end(&mut rest)).await.expect_err("a cut stream must not end as if it were finished");
+    within(stream.read_to_end(&mut rest))
+        .await
+        .expect_err("a cut stream must not end as if it were finished");
     assert_eq!(stack.exit().await, Exit::Drained);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readyz_says_so_while_it_stops() {
-    let mut stack = Stack::start("drain: {minDelay: 3s, grace: 1s}").await;
-    let ready = |listen| async move { daemon::admin::client::get(&listen, "/readyz").await.is_ok() };
+    let mut stack = Stack::start("drain: {minDelay: 3s, grace: 1s}");
+    let ready =
+        |listen| async move { daemon::admin::client::get(&listen, "/readyz").await.is_ok() };
     while !ready(stack.observe.clone()).await {
         tokio::task::yield_now().await;
     }
-    let sessions = daemon::admin::client::get(&stack.admin, "/sessions").await.unwrap();
+    let sessions = daemon::admin::client::get(&stack.admin, "/sessions")
+        .await
+        .unwrap();
     assert_eq!(&sessions[..], b"[]");
     stack.shutdown.cancel();
     while ready(stack.observe.clone()).await {
@@ -61,7 +74,7 @@ async fn readyz_says_so_while_it_stops() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_streams_of_every_kind_of_end_leave_no_descriptor_behind() {
-    let mut stack = Stack::start("").await;
+    let mut stack = Stack::start("");
     let mut edge = JoinSet::new();
     let port = echo(&mut edge).await;
     stack.agent("edge1", &allow(&[port]));

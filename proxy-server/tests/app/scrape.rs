@@ -58,7 +58,10 @@ async fn anonymous(stack: &Stack) -> tokio_rustls::client::TlsStream<tokio::net:
     #[expect(clippy::disallowed_methods, reason = "a requester")]
     let stream = tokio::net::TcpStream::connect(stack.tcp(2)).await.unwrap();
     let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-    tokio_rustls::TlsConnector::from(std::sync::Arc::new(config)).connect(name, stream).await.unwrap()
+    tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
+        .connect(name, stream)
+        .await
+        .unwrap()
 }
 
 /// Basic of prom:a-long-password
@@ -66,37 +69,51 @@ const BASIC: &str = "Proxy-Authorization: Basic cHJvbTphLWxvbmctcGFzc3dvcmQ=";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn plain_exporters_are_scraped_over_kept_connections() {
-    let mut stack = Stack::start("").await;
+    let mut stack = Stack::start("");
     let mut edge = JoinSet::new();
     let port = exporter(&mut edge).await;
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
     for _ in 0..3 {
-        let request = format!("GET http://edge1:{port}/metrics HTTP/1.1\r\nHost: edge1:{port}\r\n{BASIC}\r\nConnection: close\r\n\r\n");
+        let request = format!(
+            "GET http://edge1:{port}/metrics HTTP/1.1\r\nHost: edge1:{port}\r\n{BASIC}\r\nConnection: close\r\n\r\n"
+        );
         let (line, body) = ask(&stack, &request).await;
         assert!(line.starts_with("HTTP/1.1 200"), "{line}");
-        assert_eq!(body, "connection 1 leaked false\n", "the pool keeps one connection");
+        assert_eq!(
+            body, "connection 1 leaked false\n",
+            "the pool keeps one connection"
+        );
     }
     stack.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connect_works_with_a_token_a_password_or_a_certificate() {
-    let mut stack = Stack::start("").await;
+    let mut stack = Stack::start("");
     let mut edge = JoinSet::new();
     let port = shouter(&mut edge).await;
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
     for header in ["Proxy-Authorization: Bearer token-of-prometheus", BASIC, ""] {
         let mut stream = if header.is_empty() {
-            tls(stack.tcp(2), &stack.client("prometheus")).await.unwrap()
+            tls(stack.tcp(2), &stack.client("prometheus"))
+                .await
+                .unwrap()
         } else {
             anonymous(&stack).await
         };
-        let header = if header.is_empty() { String::new() } else { format!("{header}\r\n") };
+        let header = if header.is_empty() {
+            String::new()
+        } else {
+            format!("{header}\r\n")
+        };
         let request = format!("CONNECT edge1:{port} HTTP/1.1\r\nHost: edge1\r\n{header}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
-        assert!(status_line(&mut stream).await.starts_with("HTTP/1.1 200"), "{header}");
+        assert!(
+            status_line(&mut stream).await.starts_with("HTTP/1.1 200"),
+            "{header}"
+        );
         stream.write_all(b"scrape").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut answer = String::new();
@@ -108,7 +125,7 @@ async fn connect_works_with_a_token_a_password_or_a_certificate() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_shows_nothing_and_what_is_not_at_the_edge_is_refused() {
-    let mut stack = Stack::start("").await;
+    let mut stack = Stack::start("");
     stack.agent("edge1", "");
     stack.sessions("edge1", 1).await;
     for (request, wanted) in [

@@ -38,7 +38,11 @@ pub(crate) struct Stack {
 
 /// `more` is added to the configuration, which has a Unix socket at `connect.sock`, mTLS and a forward proxy.
 pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
-    let drain = if more.contains("drain:") { "" } else { "drain: {minDelay: 10ms, grace: 10s}" };
+    let drain = if more.contains("drain:") {
+        ""
+    } else {
+        "drain: {minDelay: 10ms, grace: 10s}"
+    };
     let text = format!(
         "stateDir: {d}/state\nname: proxy-1\ncertificate: {{dnsNames: [localhost], ipAddresses: [127.0.0.1]}}\n\
          backend: {{listen: ['127.0.0.1:0']}}\n\
@@ -54,7 +58,7 @@ pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
 }
 
 impl Stack {
-    pub(crate) async fn start(more: &str) -> Self {
+    pub(crate) fn start(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tokens"), "token-of-prometheus\n").unwrap();
         std::fs::write(dir.path().join("users"), "prom:a-long-password\n").unwrap();
@@ -65,8 +69,15 @@ impl Stack {
     pub(crate) fn start_with(dir: tempfile::TempDir, file: &Path) -> Self {
         let config = config::load(file, &Overrides::default()).unwrap();
         let (trigger, reload) = Reload::manual();
-        let source = Source { file: Some(file.to_owned()), overrides: Overrides::default() };
-        let environment = Environment { source, log: LogHandle::detached(), reload };
+        let source = Source {
+            file: Some(file.to_owned()),
+            overrides: Overrides::default(),
+        };
+        let environment = Environment {
+            source,
+            log: LogHandle::detached(),
+            reload,
+        };
         let bound = App::bind(config, environment).unwrap();
         let shutdown = CancellationToken::new();
         let (backend, frontends) = (bound.backend[0], bound.frontends.clone());
@@ -94,7 +105,12 @@ impl Stack {
     }
 
     pub(crate) fn issuer(&self) -> Issuer {
-        Issuer::load_or_create(&self.state().join("ca"), &TrustDomain::default(), Clock::system().now()).unwrap()
+        Issuer::load_or_create(
+            &self.state().join("ca"),
+            &TrustDomain::default(),
+            Clock::system().now(),
+        )
+        .unwrap()
     }
 
     pub(crate) fn store(&self) -> Store {
@@ -102,8 +118,14 @@ impl Stack {
     }
 
     pub(crate) fn token(&self, uses: u32) -> certs::JoinToken {
-        let new = NewToken { ttl: Duration::from_secs(600), uses, agents: certs::AgentPattern::any() };
-        self.store().create_token(&new, Clock::system().now()).unwrap()
+        let new = NewToken {
+            ttl: Duration::from_secs(600),
+            uses,
+            agents: certs::AgentPattern::any(),
+        };
+        self.store()
+            .create_token(&new, Clock::system().now())
+            .unwrap()
     }
 
     /// A real agent that enrols and connects; `more` is added to its configuration.
@@ -112,7 +134,7 @@ impl Stack {
         let token = self.token(1).expose();
         let text = format!(
             "name: {name}\nstateDir: {}\nservers: ['{}']\njoin: {{token: {}, caPin: '{}'}}\n\
-             observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0'}}\n{more}\n",
+             observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0'}}\ndrain: {{grace: 1s}}\n{more}\n",
             self.dir.path().join(format!("agent-{name}")).display(),
             self.backend,
             token.expose_secret(),
@@ -120,16 +142,26 @@ impl Stack {
         );
         let overrides = edge_agent::config::Overrides::default();
         let config = edge_agent::config::parse(Path::new("agent.yaml"), &text, &overrides).unwrap();
-        let stop = edge_agent::Stop { shutdown: self.agents_stop.clone(), ..Default::default() };
+        let stop = edge_agent::Stop {
+            shutdown: self.agents_stop.clone(),
+            ..Default::default()
+        };
         self.agents.spawn(async move {
-            edge_agent::App::bind(config).unwrap().run(stop).await.unwrap();
+            edge_agent::App::bind(config)
+                .unwrap()
+                .run(stop)
+                .await
+                .unwrap();
         });
     }
 
     /// Waits for so many sessions of the agent.
     pub(crate) async fn sessions(&self, agent: &str, count: usize) {
         let name = agent.parse().unwrap();
-        eventually(&format!("{count} sessions of {agent}"), || self.registry.of(&name).len() == count).await;
+        eventually(&format!("{count} sessions of {agent}"), || {
+            self.registry.of(&name).len() == count
+        })
+        .await;
     }
 
     /// A credential as an enrolled agent of that name has it, without an agent.
@@ -160,7 +192,9 @@ impl Stack {
     pub(crate) fn client(&self, name: &str) -> Own {
         let issuer = self.issuer();
         let now = Clock::system().now();
-        let credential = issuer.issue_client(&Name::parse(name).unwrap(), 1, now).unwrap();
+        let credential = issuer
+            .issue_client(&Name::parse(name).unwrap(), 1, now)
+            .unwrap();
         Own {
             credential: certs::LiveCredential::new(credential),
             bundle: certs::LiveBundle::new(issuer.bundle().clone()),
@@ -174,13 +208,18 @@ impl Stack {
     }
 
     pub(crate) async fn unix(&self) -> UnixStream {
-        UnixStream::connect(self.dir.path().join("connect.sock")).await.unwrap()
+        UnixStream::connect(self.dir.path().join("connect.sock"))
+            .await
+            .unwrap()
     }
 
     /// CONNECT over the Unix socket: the stream, or the status line.
     pub(crate) async fn connect(&self, to: &str) -> Result<UnixStream, String> {
         let mut stream = self.unix().await;
-        stream.write_all(format!("CONNECT {to} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes()).await.unwrap();
+        stream
+            .write_all(format!("CONNECT {to} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes())
+            .await
+            .unwrap();
         match status_line(&mut stream).await {
             line if line.starts_with("HTTP/1.1 200 ") => Ok(stream),
             line => Err(line),
@@ -189,10 +228,15 @@ impl Stack {
 
     /// What a metric says, all its samples added up.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
-        let body = daemon::admin::client::get(&self.observe, "/metrics").await.unwrap();
+        let body = daemon::admin::client::get(&self.observe, "/metrics")
+            .await
+            .unwrap();
         let text = String::from_utf8(body.to_vec()).unwrap();
         let fits = |line: &&str| line.starts_with(name) && !line.starts_with('#');
-        text.lines().filter(fits).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        text.lines()
+            .filter(fits)
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
     }
 
     /// Ends everything and checks that it ended well.
@@ -203,7 +247,10 @@ impl Stack {
         }
         self.shutdown.cancel();
         assert_eq!(self.exit().await, Exit::Drained);
-        assert!(self.registry.is_empty(), "a session is left in the registry");
+        assert!(
+            self.registry.is_empty(),
+            "a session is left in the registry"
+        );
     }
 
     pub(crate) async fn exit(&mut self) -> Exit {
@@ -213,7 +260,9 @@ impl Stack {
 
 /// Fails in place of hanging.
 pub(crate) async fn within<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, work).await.expect("it hangs")
+    tokio::time::timeout(DEADLINE, work)
+        .await
+        .expect("it hangs")
 }
 
 pub(crate) async fn eventually(what: &str, mut probe: impl FnMut() -> bool) {
@@ -222,7 +271,10 @@ pub(crate) async fn eventually(what: &str, mut probe: impl FnMut() -> bool) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    assert!(tokio::time::timeout(DEADLINE, done).await.is_ok(), "never: {what}");
+    assert!(
+        tokio::time::timeout(DEADLINE, done).await.is_ok(),
+        "never: {what}"
+    );
 }
 
 /// The status line of an answer; reads to the end of its head and no further.
@@ -237,7 +289,12 @@ pub(crate) async fn status_line(stream: &mut (impl AsyncReadExt + Unpin)) -> Str
         }
     };
     within(read).await;
-    String::from_utf8(head).unwrap().lines().next().unwrap_or_default().to_owned()
+    String::from_utf8(head)
+        .unwrap()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// A stand-in for a kubelet: reads to the end of file, then answers with what it read in upper case.
@@ -289,7 +346,9 @@ pub(crate) async fn tls(
     #[expect(clippy::disallowed_methods, reason = "a requester")]
     let stream = TcpStream::connect(address).await?;
     let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-    tokio_rustls::TlsConnector::from(config).connect(name, stream).await
+    tokio_rustls::TlsConnector::from(config)
+        .connect(name, stream)
+        .await
 }
 
 /// A hostile or half agent: the QUIC session and nothing more.
@@ -321,7 +380,10 @@ pub(crate) fn descriptors() -> usize {
 /// Reads a file that a daemon wrote.
 pub(crate) fn text(file: &Path) -> String {
     let mut text = String::new();
-    std::fs::File::open(file).unwrap().read_to_string(&mut text).unwrap();
+    std::fs::File::open(file)
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
     text
 }
 
@@ -331,4 +393,3 @@ pub(crate) fn rewrite(file: &Path, text: &str) {
     new.write_all(text.as_bytes()).unwrap();
     new.persist(file).unwrap();
 }
-

@@ -7,13 +7,18 @@ use crate::stack::{Stack, allow, shouter, status_line, tls, within};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_certificate_opens_the_door() {
-    let mut stack = Stack::start("").await;
+    let mut stack = Stack::start("");
     let mut edge = JoinSet::new();
     let port = shouter(&mut edge).await;
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
-    let mut stream = tls(stack.tcp(1), &stack.client("kube-apiserver")).await.unwrap();
-    stream.write_all(format!("CONNECT edge1:{port} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes()).await.unwrap();
+    let mut stream = tls(stack.tcp(1), &stack.client("kube-apiserver"))
+        .await
+        .unwrap();
+    stream
+        .write_all(format!("CONNECT edge1:{port} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
     assert!(status_line(&mut stream).await.starts_with("HTTP/1.1 200"));
     stream.write_all(b"over tls").await.unwrap();
     stream.shutdown().await.unwrap();
@@ -26,7 +31,7 @@ async fn a_client_certificate_opens_the_door() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn agents_strangers_and_the_nameless_are_refused_in_the_handshake() {
-    let stack = Stack::start("").await;
+    let stack = Stack::start("");
     let foreign = certs::test_ca::TestCa::new();
     let mut stranger = foreign.own(foreign.client("kube-apiserver"));
     stranger.bundle = certs::LiveBundle::new(stack.issuer().bundle().clone());
@@ -36,14 +41,21 @@ async fn agents_strangers_and_the_nameless_are_refused_in_the_handshake() {
         // TLS 1.3: the client may have finished before the server refuses, so the first read tells.
         let outcome = match tls(stack.tcp(1), &own).await {
             Ok(mut stream) => {
-                stream.write_all(b"CONNECT edge1:1 HTTP/1.1\r\n\r\n").await.ok();
+                stream
+                    .write_all(b"CONNECT edge1:1 HTTP/1.1\r\n\r\n")
+                    .await
+                    .ok();
                 within(stream.read_u8()).await.map(|_| ())
             }
             Err(error) => Err(error),
         };
         outcome.unwrap_err();
         refused += 1.0;
-        while stack.metric("corvid_sessions_refused_total{reason=\"tls\"}").await < refused {
+        while stack
+            .metric("corvid_sessions_refused_total{reason=\"tls\"}")
+            .await
+            < refused
+        {
             tokio::task::yield_now().await;
         }
     }

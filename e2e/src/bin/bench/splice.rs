@@ -30,7 +30,6 @@ pub(crate) struct Splice {
 }
 
 impl Splice {
-    #[expect(clippy::infinite_loop, reason = "ended by its parent")]
     pub(crate) async fn run(self) -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);

@@ -46,7 +46,12 @@ impl Tuning {
     /// For a server with that stream window.
     #[must_use]
     pub const fn server(stream_window: u32, idle_timeout: Duration) -> Self {
-        Self { stream_window, max_streams: SERVER_ACCEPTS, idle_timeout, congestion: Congestion::Cubic }
+        Self {
+            stream_window,
+            max_streams: SERVER_ACCEPTS,
+            idle_timeout,
+            congestion: Congestion::Cubic,
+        }
     }
 
     fn transport(&self) -> TransportConfig {
@@ -100,7 +105,11 @@ pub enum QuicError {
 }
 
 fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
     if address.is_ipv6() {
         // One socket for both families, where the address is `::`.
         socket.set_only_v6(false)?;
@@ -114,7 +123,11 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
     let granted = buffers.recv_buffer_size()?;
     // Linux reports twice what it grants for payload.
     if granted < SOCKET_BUFFER {
-        tracing::debug!(granted, wanted = SOCKET_BUFFER, "small UDP buffers: raise net.core.rmem_max");
+        tracing::debug!(
+            granted,
+            wanted = SOCKET_BUFFER,
+            "small UDP buffers: raise net.core.rmem_max"
+        );
     }
     Ok(socket)
 }
@@ -159,7 +172,10 @@ impl Endpoint {
     /// The next connection that knocks; `None` once closed. Nothing was read of its TLS yet. Cancel-safe.
     pub async fn accept(&self) -> Option<Incoming> {
         let incoming = self.inner.accept().await?;
-        Some(Incoming { inner: incoming, stream_window: self.tuning.stream_window })
+        Some(Incoming {
+            inner: incoming,
+            stream_window: self.tuning.stream_window,
+        })
     }
 
     /// Dials a server from a socket of its own, so that the session can bind anew without touching others.
@@ -177,7 +193,10 @@ impl Endpoint {
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
         let local = SocketAddr::new(any, 0);
-        let bind = |source| QuicError::Bind { address: local, source };
+        let bind = |source| QuicError::Bind {
+            address: local,
+            source,
+        };
         let socket = socket(local).map_err(bind)?;
         let endpoint = quinn::Endpoint::new(
             quinn::EndpointConfig::default(),
@@ -194,7 +213,11 @@ impl Endpoint {
             .map_err(QuicError::Connect)?
             .await
             .map_err(|error| dial(quic::session_error(&error)))?;
-        Ok(QuicSession::new(connection, tuning.stream_window, Some(endpoint)))
+        Ok(QuicSession::new(
+            connection,
+            tuning.stream_window,
+            Some(endpoint),
+        ))
     }
 
     /// Where it is bound.
@@ -207,7 +230,9 @@ impl Endpoint {
 
     /// Waits until every connection has said good-bye, or `most` is over.
     pub async fn flush(&self, most: Duration) {
-        tokio::time::timeout(most, self.inner.wait_idle()).await.ok(); // a peer that is gone can't be waited for
+        tokio::time::timeout(most, self.inner.wait_idle())
+            .await
+            .ok(); // a peer that is gone can't be waited for
     }
 }
 
@@ -248,8 +273,13 @@ impl Incoming {
     /// # Errors
     /// When it fails; the words say why.
     pub async fn handshake(self) -> Result<QuicSession, SessionError> {
-        let connecting = self.inner.accept().map_err(|error| quic::session_error(&error))?;
-        let connection = connecting.await.map_err(|error| quic::session_error(&error))?;
+        let connecting = self
+            .inner
+            .accept()
+            .map_err(|error| quic::session_error(&error))?;
+        let connection = connecting
+            .await
+            .map_err(|error| quic::session_error(&error))?;
         Ok(QuicSession::new(connection, self.stream_window, None))
     }
 }

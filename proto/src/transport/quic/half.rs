@@ -34,7 +34,11 @@ fn code(reason: Reason) -> VarInt {
 
 impl QuicSend {
     pub(super) fn new(stream: quinn::SendStream, shared: Arc<Shared>) -> Self {
-        Self { stream, shared, finished: false }
+        Self {
+            stream,
+            shared,
+            finished: false,
+        }
     }
 
     fn fail(&mut self, error: &quinn::WriteError) -> StreamError {
@@ -66,7 +70,9 @@ impl SendHalf for QuicSend {
             return Err(StreamError::Reset(reason));
         }
         // The only error is that the peer stopped the stream; reading tells why.
-        self.stream.finish().map_err(|_closed| StreamError::Reset(self.shared.reset(Reason::Cancelled)))?;
+        self.stream
+            .finish()
+            .map_err(|_closed| StreamError::Reset(self.shared.reset(Reason::Cancelled)))?;
         self.finished = true;
         Ok(())
     }
@@ -92,7 +98,11 @@ impl Drop for QuicSend {
 
 impl QuicRecv {
     pub(super) fn new(stream: quinn::RecvStream, shared: Arc<Shared>) -> Self {
-        Self { stream, shared, finished: false }
+        Self {
+            stream,
+            shared,
+            finished: false,
+        }
     }
 
     fn fail(&mut self, error: &quinn::ReadError) -> StreamError {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use daemon::Tasks;
 use http::{Request as HttpRequest, Response, Uri};
@@ -32,8 +33,8 @@ const BUFFER: usize = 64 << 10;
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// The pool of a listener.
-#[derive(Debug, Clone)]
-pub struct Pool(Client<Connector, Incoming>);
+#[derive(Debug)]
+pub struct Pool(ArcSwapOption<Client<Connector, Incoming>>);
 
 impl Pool {
     /// An empty pool; its connections are tasks of `tasks`.
@@ -43,8 +44,16 @@ impl Pool {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(KEPT)
-            .build(Connector { forwarder, tasks: tasks.clone() });
-        Self(client)
+            .build(Connector {
+                forwarder,
+                tasks: tasks.clone(),
+            });
+        Self(ArcSwapOption::from_pointee(client))
+    }
+
+    /// Closes what is idle and takes no more requests, so that a drain waits for running scrapes only.
+    pub fn close(&self) {
+        self.0.store(None);
     }
 
     /// Sends a request over a kept or new connection.
@@ -56,11 +65,20 @@ impl Pool {
         request: HttpRequest<Incoming>,
         requester: String,
     ) -> Result<Response<Incoming>, Refusal> {
-        let authority = request.uri().authority().map(ToString::to_string).unwrap_or_default();
+        let authority = request
+            .uri()
+            .authority()
+            .map(ToString::to_string)
+            .unwrap_or_default();
         tracing::debug!(requester, authority, "scrape");
-        let answer = timeout(ANSWER, self.0.request(request)).await;
+        let Some(client) = self.0.load_full() else {
+            return Err(Refusal::about("proxy-server", Reason::Draining));
+        };
+        let answer = timeout(ANSWER, client.request(request)).await;
         let late = |_elapsed| Refusal::about(&authority, Reason::Timeout);
-        answer.map_err(late)?.map_err(|error| refusal(&error, &authority))
+        answer
+            .map_err(late)?
+            .map_err(|error| refusal(&error, &authority))
     }
 }
 
@@ -73,7 +91,11 @@ fn refusal(error: &ClientError, authority: &str) -> Refusal {
         }
         source = cause.source();
     }
-    Refusal::detailed(authority, Reason::DestinationReset, &daemon::chain(error).to_string())
+    Refusal::detailed(
+        authority,
+        Reason::DestinationReset,
+        &daemon::chain(error).to_string(),
+    )
 }
 
 /// Runs hyper's own tasks under an owner.
