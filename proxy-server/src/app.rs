@@ -1,4 +1,7 @@
-//! Start and stop of a proxy-server, in order, on one screen: [`App::bind`] and [`Bound::run`].
+//! Start and stop of a proxy-server, in order: [`App::bind`] and [`Bound::run`].
+
+mod door;
+mod http;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -8,8 +11,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use certs::tunnel_server_quic;
-use daemon::admin::{Endpoint as HttpEndpoint, Reply, Routes};
+use daemon::admin::Endpoint as HttpEndpoint;
 use daemon::{BindOptions, Drained, Exit, Listen, Listener, LogHandle, Readiness, Reload, Tasks};
+use door::Door;
 use proto::Budget;
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Endpoint, QuicSession, Tuning};
@@ -18,17 +22,14 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
-use crate::config::{Config, Elsewhere, Frontend};
+use crate::config::{Config, Frontend};
 use crate::enrolment::{Authority, Enrolment};
-use crate::frontend::forward_proxy::{ForwardProxy, Pool};
-use crate::frontend::http_connect::HttpConnect;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::reload::{Changeable, Reloader, Source, frontend_credentials, frontend_tls, live};
+use crate::reload::{Changeable, Reloader, Source, frontend_tls, live};
 use crate::route::RouteTable;
 use crate::serve::{Forwarder, Routing};
-use crate::status;
 
 /// Enrolments at once: each lives 30 s at most.
 const MAX_ENROLMENTS: usize = 512;
@@ -53,11 +54,6 @@ pub struct Environment {
 /// How a proxy-server comes up.
 #[derive(Debug)]
 pub struct App;
-
-enum Door {
-    Connect(Listener, Arc<HttpConnect>),
-    Proxy(Listener, Arc<ForwardProxy>),
-}
 
 /// A proxy-server whose addresses are bound and which serves nobody yet.
 pub struct Bound {
@@ -169,11 +165,11 @@ impl App {
                 .with_context(|| format!("listen on {listen}"))?;
             frontends.push(listener.bound().clone());
             let tls = live(frontend_tls(&authority.own, frontend)?);
-            let (door, proxy) = open_door(frontend, listener, tls.clone(), &forwarder, &streams)?;
+            let (door, proxy) = Door::open(frontend, listener, tls.clone(), &forwarder, &streams)?;
             doors.push(door);
             changeable.push(Changeable { tls, proxy });
         }
-        let http = bind_http(&config, &daemon_metrics)?;
+        let http = http::bind(&config, &daemon_metrics)?;
         let own = endpoints
             .iter()
             .filter_map(|(_, tcp)| tcp.bound().tcp())
@@ -218,42 +214,6 @@ impl App {
     }
 }
 
-fn open_door(
-    frontend: &Frontend,
-    listener: Listener,
-    tls: Option<crate::frontend::LiveTls>,
-    forwarder: &Arc<Forwarder>,
-    streams: &Tasks,
-) -> anyhow::Result<(Door, Option<Arc<ForwardProxy>>)> {
-    let forwarder = Arc::clone(forwarder);
-    match (frontend, tls) {
-        (Frontend::HttpConnect { default, .. }, tls) => {
-            let door = HttpConnect {
-                forwarder,
-                tls,
-                elsewhere: *default,
-            };
-            Ok((Door::Connect(listener, Arc::new(door)), None))
-        }
-        (Frontend::ForwardProxy { .. }, Some(tls)) => {
-            let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
-            let pool = Pool::new(Arc::clone(&forwarder), streams);
-            let tasks = streams.clone();
-            let proxy = Arc::new(ForwardProxy {
-                forwarder,
-                tls,
-                credentials,
-                pool,
-                tasks,
-            });
-            Ok((Door::Proxy(listener, Arc::clone(&proxy)), Some(proxy)))
-        }
-        (Frontend::ForwardProxy { listen, .. }, None) => {
-            anyhow::bail!("a forward proxy has TLS and so a TCP address, not {listen}")
-        }
-    }
-}
-
 /// TCP and UDP on one port; a port that was left open is chosen so that it is free for both.
 fn bind_backend(
     address: SocketAddr,
@@ -277,18 +237,6 @@ fn bind_backend(
     }
 }
 
-fn bind_http(
-    config: &Config,
-    metrics: &daemon::Metrics,
-) -> anyhow::Result<(HttpEndpoint, Vec<HttpEndpoint>)> {
-    let observe = HttpEndpoint::observe(&config.observe.listen, metrics)?;
-    let mut admin = vec![HttpEndpoint::admin(&config.admin.listen, metrics)?];
-    if let Some(socket) = &config.admin.socket {
-        admin.push(HttpEndpoint::admin(&Listen::Unix(socket.clone()), metrics)?);
-    }
-    Ok((observe, admin))
-}
-
 impl Bound {
     /// Serves until `shutdown`, then drains; `immediate` cuts the drain short.
     pub async fn run(self, shutdown: CancellationToken, immediate: CancellationToken) -> Exit {
@@ -299,7 +247,7 @@ impl Bound {
         let (service, ops, streams) = (Tasks::new(), Tasks::new(), self.streams.clone());
         let drain = self.config.drain;
 
-        serve_http(
+        http::serve(
             &self.config,
             self.http,
             &readiness,
@@ -392,26 +340,9 @@ impl Bound {
     }
 }
 
-impl Door {
-    async fn run(self, tasks: &Tasks, stop: CancellationToken) {
-        match self {
-            Self::Connect(listener, door) => {
-                tracing::info!(listen = %listener.bound(), direct = door.elsewhere == Elsewhere::Direct, "requests: HTTP CONNECT");
-                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
-                log_end(
-                    "frontend",
-                    listener.serve("request", tasks, stop, serve).await,
-                );
-            }
-            Self::Proxy(listener, door) => {
-                tracing::info!(listen = %listener.bound(), "requests: forward proxy");
-                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
-                log_end(
-                    "frontend",
-                    listener.serve("request", tasks, stop, serve).await,
-                );
-            }
-        }
+fn log_end(what: &'static str, end: std::io::Result<()>) {
+    if let Err(error) = end {
+        tracing::error!(what, %error, "a listener is broken");
     }
 }
 
@@ -419,12 +350,6 @@ fn report(drained: Drained) {
     match drained {
         Drained::Clean => tracing::info!("every stream has ended"),
         Drained::Aborted(streams) => tracing::warn!(streams, "streams were cut"),
-    }
-}
-
-fn log_end(what: &'static str, end: std::io::Result<()>) {
-    if let Err(error) = end {
-        tracing::error!(what, %error, "a listener is broken");
     }
 }
 
@@ -449,33 +374,5 @@ async fn gauges(forwarder: Arc<Forwarder>) -> Infallible {
         let held = i64::try_from(forwarder.budget.held()).unwrap_or(i64::MAX);
         forwarder.metrics.held.set(held);
         sleep(GAUGES).await;
-    }
-}
-
-fn serve_http(
-    config: &Config,
-    (observe, admin): (HttpEndpoint, Vec<HttpEndpoint>),
-    readiness: &Readiness,
-    alive: &[&Tasks],
-    ops: &Tasks,
-    (metrics, log): (daemon::Metrics, LogHandle),
-    forwarder: &Arc<Forwarder>,
-) {
-    let alive: Vec<Tasks> = alive.iter().map(|tasks| (*tasks).clone()).collect();
-    let routes = Routes::observe(readiness.clone(), &alive, metrics);
-    let mut all = vec![(observe, routes)];
-    for endpoint in admin {
-        let (server, registry) = (config.name.clone(), forwarder.registry.clone());
-        let routes = Routes::admin(log.clone()).get("/sessions", move |_request| {
-            let reply = Reply::json(&status::sessions(&server, &registry));
-            async move { reply }
-        });
-        all.push((endpoint, routes));
-    }
-    for (endpoint, routes) in all {
-        let tasks = ops.clone();
-        ops.critical("http", async move {
-            log_end("http", endpoint.serve(routes, &tasks).await);
-        });
     }
 }

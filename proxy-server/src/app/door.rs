@@ -1,0 +1,80 @@
+//! A bound frontend: its listener, and what serves its connections.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use daemon::{Listener, Tasks};
+use tokio_util::sync::CancellationToken;
+
+use super::log_end;
+use crate::config::{Elsewhere, Frontend};
+use crate::frontend::LiveTls;
+use crate::frontend::forward_proxy::{ForwardProxy, Pool};
+use crate::frontend::http_connect::HttpConnect;
+use crate::reload::frontend_credentials;
+use crate::serve::Forwarder;
+
+pub(super) enum Door {
+    Connect(Listener, Arc<HttpConnect>),
+    Proxy(Listener, Arc<ForwardProxy>),
+}
+
+impl Door {
+    pub(super) fn open(
+        frontend: &Frontend,
+        listener: Listener,
+        tls: Option<LiveTls>,
+        forwarder: &Arc<Forwarder>,
+        streams: &Tasks,
+    ) -> anyhow::Result<(Self, Option<Arc<ForwardProxy>>)> {
+        let forwarder = Arc::clone(forwarder);
+        match (frontend, tls) {
+            (Frontend::HttpConnect { default, .. }, tls) => {
+                let door = HttpConnect {
+                    forwarder,
+                    tls,
+                    elsewhere: *default,
+                };
+                Ok((Self::Connect(listener, Arc::new(door)), None))
+            }
+            (Frontend::ForwardProxy { .. }, Some(tls)) => {
+                let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
+                let pool = Pool::new(Arc::clone(&forwarder), streams);
+                let tasks = streams.clone();
+                let proxy = Arc::new(ForwardProxy {
+                    forwarder,
+                    tls,
+                    credentials,
+                    pool,
+                    tasks,
+                });
+                Ok((Self::Proxy(listener, Arc::clone(&proxy)), Some(proxy)))
+            }
+            (Frontend::ForwardProxy { listen, .. }, None) => {
+                anyhow::bail!("a forward proxy has TLS and so a TCP address, not {listen}")
+            }
+        }
+    }
+
+    pub(super) async fn run(self, tasks: &Tasks, stop: CancellationToken) {
+        match self {
+            Self::Connect(listener, door) => {
+                tracing::info!(listen = %listener.bound(), direct = door.elsewhere == Elsewhere::Direct, "requests: HTTP CONNECT");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
+            }
+            Self::Proxy(listener, door) => {
+                tracing::info!(listen = %listener.bound(), "requests: forward proxy");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
+                door.pool.close();
+            }
+        }
+    }
+}
