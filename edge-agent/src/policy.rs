@@ -5,28 +5,16 @@
 //! whatever is listed; an IPv4 address wrapped into IPv6 is judged as the IPv4 address.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
-use proto::{Host, Reason};
+use proto::{Host, Reason, is_never_dialled};
 
 use crate::Config;
 
 /// kubelet, its read-only port, node exporter: at the node itself these need no rule.
 const NODE_PORTS: [u16; 3] = [10250, 10255, 9100];
-
-/// Addresses of metadata services that are not link-local: credentials of the machine are behind them.
-const METADATA_V4: [Ipv4Addr; 3] = [
-    Ipv4Addr::new(100, 100, 100, 200), // Alibaba Cloud
-    Ipv4Addr::new(168, 63, 129, 16),   // Azure
-    Ipv4Addr::new(192, 0, 0, 192),     // Oracle Cloud
-];
-const METADATA_V6: [Ipv6Addr; 3] = [
-    Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), // AWS
-    Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23),  // AWS, pods
-    Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254),  // Google Cloud
-];
 
 /// Destinations that are allowed beside the default.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,7 +112,7 @@ impl Policy {
     /// When it may not be dialled.
     pub fn target(&self, own: &[IpAddr], ip: IpAddr, port: u16) -> Result<SocketAddr, Denied> {
         let asked = ip.to_canonical();
-        if is_forbidden(asked) {
+        if is_never_dialled(asked) {
             return Err(Denied::Forbidden(SocketAddr::new(asked, port)));
         }
         let is_node = asked.is_loopback() || own.contains(&asked);
@@ -147,44 +135,6 @@ impl Policy {
 impl Rule {
     fn permits(&self, ip: IpAddr, port: u16) -> bool {
         self.cidr.contains(&ip) && self.ports.iter().any(|range| range.contains(&port))
-    }
-}
-
-/// Whether the address is refused whatever is listed.
-fn is_forbidden(ip: IpAddr) -> bool {
-    match ip.to_canonical() {
-        IpAddr::V4(ip) => is_forbidden_v4(ip),
-        IpAddr::V6(ip) => {
-            ip.is_unspecified()
-                || ip.is_multicast()
-                || ip.is_unicast_link_local()
-                || METADATA_V6.contains(&ip)
-                || embedded(ip).is_some_and(is_forbidden_v4)
-        }
-    }
-}
-
-fn is_forbidden_v4(ip: Ipv4Addr) -> bool {
-    // RFC 1122 section 3.2.1.3: 0/8 is "this network", no destination. Linux dials 0.0.0.0 as loopback.
-    ip.octets().first() == Some(&0)
-        || ip.is_multicast()
-        || ip.is_broadcast()
-        || ip.is_link_local()
-        || METADATA_V4.contains(&ip)
-}
-
-/// The IPv4 address that a translator or tunnel would take out of that IPv6 address.
-fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
-    let last = |high: u16, low: u16| Ipv4Addr::from(u32::from(high) << 16 | u32::from(low));
-    match ip.segments() {
-        [0, 0, 0, 0, 0, 0, 0, 1] => None,
-        // RFC 4291 section 2.5.5.1, IPv4-compatible.
-        [0, 0, 0, 0, 0, 0, high, low] => Some(last(high, low)),
-        // RFC 6052 section 2.1 and RFC 8215, NAT64.
-        [0x64, 0xff9b, 0 | 1, .., high, low] => Some(last(high, low)),
-        // RFC 3056 section 2, 6to4.
-        [0x2002, high, low, ..] => Some(last(high, low)),
-        _ => None,
     }
 }
 

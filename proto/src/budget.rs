@@ -1,7 +1,8 @@
 //! One bound for the memory that unread bytes cost a process (docs/protocol.md section 5).
 //!
 //! A stream whose reader keeps up holds next to nothing; one whose reader stopped holds at most its window. So only
-//! stopped streams are counted, each at a whole window, and over the limit the one that stopped longest is reset.
+//! readers that are behind are counted, each at a whole window, and over the limit the one that has taken nothing for
+//! longest is reset.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -68,29 +69,38 @@ impl Budget {
     #[must_use]
     pub fn stopped(&self) -> Stopped {
         let evict = Arc::new(Notify::new());
-        let now = Instant::now();
         let mut stopped = self.0.stopped.lock();
         let id = stopped.0;
         stopped.0 += 1;
-        stopped.1.insert(
-            id,
-            Entry {
-                since: now,
-                evict: Arc::clone(&evict),
-            },
-        );
-        let over = stopped.1.len() as u64 * u64::from(self.0.window) > self.0.limit;
-        if over
-            && let Some(longest) = stopped.1.first_entry()
-            && now.duration_since(longest.get().since) >= GRACE
-        {
-            longest.remove().evict.notify_one();
-        }
+        let entry = Entry {
+            since: Instant::now(),
+            evict: Arc::clone(&evict),
+        };
+        stopped.1.insert(id, entry);
         drop(stopped);
+        self.relieve();
         Stopped {
             budget: self.clone(),
             id,
             evict,
+        }
+    }
+
+    /// Over the limit: those that stopped longest are reset, as many as it takes. A stream that stopped a moment ago
+    /// is spared, unless twice the limit is held.
+    fn relieve(&self) {
+        let window = u64::from(self.0.window);
+        let mut stopped = self.0.stopped.lock();
+        loop {
+            let held = stopped.1.len() as u64 * window;
+            let Some(longest) = stopped.1.first_entry() else {
+                return;
+            };
+            let spared = longest.get().since.elapsed() < GRACE && held <= 2 * self.0.limit;
+            if held <= self.0.limit || spared {
+                return;
+            }
+            longest.remove().evict.notify_one();
         }
     }
 }
@@ -104,9 +114,31 @@ pub struct Stopped {
 }
 
 impl Stopped {
+    /// Its reader took something: it is now the last to have stopped.
+    pub fn moved(&mut self) {
+        let mut stopped = self.budget.0.stopped.lock();
+        let id = stopped.0;
+        // One that was chosen to be reset stays chosen.
+        if stopped.1.remove(&self.id).is_some() {
+            stopped.0 += 1;
+            let entry = Entry {
+                since: Instant::now(),
+                evict: Arc::clone(&self.evict),
+            };
+            stopped.1.insert(id, entry);
+            self.id = id;
+        }
+    }
+
     /// Waits until the budget wants this stream's memory back.
     pub async fn evicted(&self) {
-        self.evict.notified().await;
+        loop {
+            tokio::select! {
+                () = self.evict.notified() => return,
+                // Nobody else may stop for a long time, and grace is over meanwhile.
+                () = tokio::time::sleep(GRACE) => self.budget.relieve(),
+            }
+        }
     }
 }
 
@@ -148,6 +180,19 @@ mod tests {
         drop(all);
         drop(late);
         assert_eq!(budget.held(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_that_stop_at_once_are_brought_within_the_limit() {
+        let budget = Budget::new(2 << 20);
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..1000 {
+            let stopped = budget.stopped();
+            assert!(budget.held() <= 2 * (2 << 20));
+            tasks.spawn(async move { stopped.evicted().await });
+        }
+        tokio::time::sleep(GRACE * 3).await;
+        assert!(budget.held() <= 2 << 20, "{}", budget.held());
     }
 
     async fn futures_pending(future: impl Future<Output = ()>) -> bool {

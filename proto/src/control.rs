@@ -22,6 +22,7 @@ use crate::transport::{SendHalf, Session, SessionError, StreamError};
 use crate::wire::pb::control_frame::Body;
 use crate::wire::{
     Accepted, HandshakeError, Offer, ServerOffer, answer_hello, check_hello_ack, encode, pb,
+    printable,
 };
 use crate::{AgentName, Reason, ServerName, SessionId};
 
@@ -98,7 +99,7 @@ impl From<pb::GoAway> for GoAway {
             reason: Reason::from_code(away.reason.into()),
             deadline: Duration::from_millis(away.deadline_ms.into()),
             retry_after: Duration::from_millis(away.retry_after_ms.into()),
-            detail: away.detail,
+            detail: printable(&away.detail, 300),
         }
     }
 }
@@ -112,6 +113,7 @@ const fn frame(body: Body) -> pb::ControlFrame {
 pub struct Liveness {
     origin: Instant,
     heard_ms: AtomicU64,
+    frames: AtomicU64,
     keepalive: Keepalive,
 }
 
@@ -122,6 +124,7 @@ impl Liveness {
         Arc::new(Self {
             origin: Instant::now(),
             heard_ms: AtomicU64::new(0),
+            frames: AtomicU64::new(0),
             keepalive,
         })
     }
@@ -129,6 +132,7 @@ impl Liveness {
     fn heard(&self) {
         let now = u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.heard_ms.store(now, Ordering::Relaxed);
+        self.frames.fetch_add(1, Ordering::Relaxed);
     }
 
     /// For how long nothing was heard.
@@ -136,6 +140,12 @@ impl Liveness {
     pub fn silence(&self) -> Duration {
         let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
         self.origin.elapsed().saturating_sub(heard)
+    }
+
+    /// How many signs of life there were.
+    #[must_use]
+    pub fn frames(&self) -> u64 {
+        self.frames.load(Ordering::Relaxed)
     }
 
     /// What that means.

@@ -140,6 +140,25 @@ reasons! {
     HalfOpenIdle = 67, "half_open_idle", 504, Edge, "half closed, and silent for too long";
 }
 
+impl Reason {
+    /// Whether an agent may give it in a `StreamReply`.
+    #[must_use]
+    pub const fn is_of_agent(self) -> bool {
+        matches!(self.code(), 48..=63)
+            || matches!(
+                self,
+                Self::Draining
+                    | Self::ForbiddenDestination
+                    | Self::Internal
+                    | Self::Overloaded
+                    | Self::Protocol
+                    | Self::Timeout
+                    | Self::TooLarge
+                    | Self::Unspecified
+            )
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.label())

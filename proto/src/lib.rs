@@ -5,6 +5,7 @@
 //!
 //! This crate knows neither certificates nor Kubernetes, and never looks into the bytes it carries.
 
+mod address;
 mod budget;
 pub mod control;
 mod error;
@@ -14,6 +15,7 @@ mod relay;
 pub mod transport;
 pub mod wire;
 
+pub use address::{is_loopback, is_never_dialled};
 pub use budget::{Budget, Stopped};
 pub use error::{Fault, Reason};
 pub use framed::{FrameReader, ReadFrameError, read_frame_within};

@@ -20,12 +20,15 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::time::{Instant, sleep_until};
 
 use crate::transport::{READ_CHUNKS, RecvHalf, SendHalf};
-use crate::{Budget, Reason};
+use crate::{Budget, Reason, Stopped};
 
 /// First read buffer of a stream: most streams move little.
 const SMALL_READ: usize = 4 << 10;
 /// Largest read buffer; larger ones only cost cache (docs/performance.md).
 const LARGE_READ: usize = 64 << 10;
+
+/// For the other end to take the last bytes, once both ways are finished.
+const FLUSH: Duration = Duration::from_secs(30);
 
 /// What the local connection leads to, for naming its failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +130,10 @@ pub async fn relay<S: SendHalf, R: RecvHalf, I: AsyncRead + AsyncWrite + Unpin +
         }
     };
     match ended {
-        Ok(()) => RelayEnd::Finished,
+        Ok(()) => {
+            tokio::time::timeout(FLUSH, send.flushed()).await.ok(); // a peer that takes nothing more has gone
+            RelayEnd::Finished
+        }
         Err(reason) => {
             send.reset(reason);
             recv.reset(reason);
@@ -219,39 +225,54 @@ async fn out_of_tunnel<R: RecvHalf, I: AsyncWrite + Unpin>(
         *first = early;
         filled = 1;
     }
+    let mut stopped = None;
     loop {
         if filled > 0 {
             let pending = chunks.get_mut(..filled).unwrap_or_default();
-            write_out(settings, to, pending).await?;
+            write_out(settings, to, pending, &mut stopped).await?;
         }
-        match from
-            .read_chunks(&mut chunks)
-            .await
-            .map_err(|error| error.reason())?
-        {
+        let read = {
+            let mut read = pin!(from.read_chunks(&mut chunks));
+            match poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await {
+                Poll::Ready(read) => read,
+                Poll::Pending => {
+                    // The reader has caught up: nothing is held for it any more.
+                    stopped = None;
+                    read.await
+                }
+            }
+        };
+        match read.map_err(|error| error.reason())? {
             Some(count) => filled = count,
             None => return to.shutdown().await.map_err(|_cut| settings.local.cut()),
         }
     }
 }
 
-/// Writes the chunks out; while it can't, the stream counts as stopped.
+/// Writes the chunks out; once it can't, the stream counts as stopped until its reader has caught up.
 async fn write_out<I: AsyncWrite + Unpin>(
     settings: &Relay,
     to: &mut I,
     chunks: &mut [Bytes],
+    stopped: &mut Option<Stopped>,
 ) -> Result<(), Reason> {
     let cut = |_error: io::Error| settings.local.cut();
     let mut write = pin!(write_chunks(settings, to, chunks));
     let at_once = poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await;
-    if let Poll::Ready(wrote) = at_once {
-        return wrote.map_err(cut);
+    let wrote = match at_once {
+        Poll::Ready(wrote) => wrote,
+        Poll::Pending => {
+            let stopped = stopped.get_or_insert_with(|| settings.budget.stopped());
+            tokio::select! {
+                wrote = &mut write => wrote,
+                () = stopped.evicted() => return Err(Reason::SlowReader),
+            }
+        }
+    };
+    if let Some(stopped) = stopped {
+        stopped.moved();
     }
-    let stopped = settings.budget.stopped();
-    tokio::select! {
-        wrote = &mut write => wrote.map_err(cut),
-        () = stopped.evicted() => Err(Reason::SlowReader),
-    }
+    wrote.map_err(cut)
 }
 
 async fn write_chunks<I: AsyncWrite + Unpin>(

@@ -147,6 +147,10 @@ pub trait SendHalf: Debug + Send + 'static {
     /// When the stream or session is over.
     fn finish(&mut self) -> Result<(), StreamError>;
 
+    /// After [`SendHalf::finish`]: waits until the other end has taken everything, or the stream is over. A session that
+    /// is closed before that throws away what is still on its way.
+    fn flushed(&mut self) -> impl Future<Output = ()> + Send;
+
     /// Ends the whole stream, both ways.
     fn reset(&mut self, reason: Reason);
 

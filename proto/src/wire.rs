@@ -5,6 +5,7 @@ mod handshake;
 mod header;
 
 pub use frame::{FrameError, MAX_FRAME, decode, encode};
+pub(crate) use handshake::printable;
 pub use handshake::{
     Accepted, Capabilities, HandshakeError, Limits, Offer, ServerOffer, VERSIONS, answer_hello,
     check_hello_ack,

@@ -27,7 +27,7 @@ use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::reload::{Changeable, Reloader, Source, frontend_tls, live};
+use crate::reload::{Reloader, Source, frontend_tls, live};
 use crate::route::RouteTable;
 use crate::serve::{Forwarder, Routing};
 
@@ -131,10 +131,16 @@ impl App {
             },
             clock: authority.own.clock.clone(),
             keepalive: Keepalive {
+                // Two may be lost on the way within the shortest idle time-out.
+                interval: Keepalive::default()
+                    .interval
+                    .min(config.backend.idle_timeout / 4),
                 idle_timeout: config.backend.idle_timeout,
                 ..Keepalive::default()
             },
             sessions_per_agent: config.limits.sessions_per_agent,
+            revoked: authority.revoked.clone(),
+            stopping: CancellationToken::new(),
             tasks: Tasks::new(),
         });
         let tls =
@@ -165,9 +171,9 @@ impl App {
                 .with_context(|| format!("listen on {listen}"))?;
             frontends.push(listener.bound().clone());
             let tls = live(frontend_tls(&authority.own, frontend)?);
-            let (door, proxy) = Door::open(frontend, listener, tls.clone(), &forwarder, &streams)?;
+            let door = Door::open(frontend, listener, tls.clone(), &forwarder, &streams)?;
+            changeable.push(door.changeable(tls));
             doors.push(door);
-            changeable.push(Changeable { tls, proxy });
         }
         let http = http::bind(&config, &daemon_metrics)?;
         let own = endpoints

@@ -10,10 +10,10 @@
 //! | the leaf is over by an hour | closed with `certificate_expired` |
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use certs::{Clock, HandshakeFailure, Name, Peer, Role};
+use certs::{Clock, HandshakeFailure, Name, Peer, Revocations, Role};
 use daemon::Tasks;
 use proto::control::{Control, ControlError, GoAway, Liveness};
 use proto::transport::keepalive::Keepalive;
@@ -22,6 +22,7 @@ use proto::transport::{Session, SessionError};
 use proto::wire::{Limits as StreamLimits, ServerOffer};
 use proto::{AgentName, Reason, SessionId};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::limits::Knock;
 use crate::metrics::ReasonLabels;
@@ -48,6 +49,10 @@ pub struct Backend {
     pub keepalive: Keepalive,
     /// Most sessions of one agent.
     pub sessions_per_agent: usize,
+    /// Agents that are refused.
+    pub revoked: Revocations,
+    /// Cancelled once no session may come about any more.
+    pub stopping: CancellationToken,
     /// Owner of session tasks.
     pub tasks: Tasks,
 }
@@ -119,6 +124,7 @@ impl Backend {
                     since: std::time::UNIX_EPOCH + unix(&self.clock),
                     software,
                     going: AtomicBool::new(false),
+                    probed: AtomicBool::new(false),
                     streams: AtomicUsize::new(0),
                     transport,
                 };
@@ -141,6 +147,17 @@ impl Backend {
         agent: &AgentName,
     ) -> Result<(Control<QuicSession>, String, SessionId), ControlError> {
         let (control, hello) = Control::accept(transport.clone()).await?;
+        if self.stopping.is_cancelled() {
+            let retry_after = SPREAD.mul_f64(rand::random());
+            control
+                .refuse(
+                    Reason::Draining,
+                    "the proxy-server stops".to_owned(),
+                    retry_after,
+                )
+                .await;
+            return Err(ControlError::Session(SessionError::Local(Reason::Draining)));
+        }
         if let Err(wait) = self.forwarder.limits.admit() {
             let retry_after = wait + SPREAD.mul_f64(rand::random());
             let detail = "too many agents at once".to_owned();
@@ -169,10 +186,19 @@ impl Backend {
         metrics.sessions.inc();
         let remote = session.transport.remote_address();
         tracing::info!(agent = %session.agent, session = %session.id, %remote, software = session.software, "session up");
+        // Revoked or stopping since the handshake: whoever ended the registered sessions did not see this one.
+        if self.revoked.contains(&peer.identity.name) {
+            session.transport.close(Reason::Revoked);
+        } else if self.stopping.is_cancelled() {
+            session.transport.close(Reason::Draining);
+        }
         self.relieve(older);
         let going = Arc::clone(&session);
         let run = control.run(&session.liveness, move |away| {
-            going.going.store(true, std::sync::atomic::Ordering::Relaxed);
+            // Once: a peer may send as many as it likes.
+            if going.going.swap(true, Ordering::Relaxed) {
+                return;
+            }
             tracing::info!(agent = %going.agent, session = %going.id, reason = away.reason.label(), detail = away.detail, "the agent goes away");
         });
         let end = tokio::select! {
@@ -180,6 +206,11 @@ impl Backend {
             reason = self.outlived(&session, &peer) => {
                 session.transport.close(reason);
                 SessionError::Local(reason)
+            }
+            // Agent-opened streams are reserved (docs/protocol.md section 1).
+            Ok(_) = session.transport.accept() => {
+                session.transport.close(Reason::Protocol);
+                SessionError::Local(Reason::Protocol)
             }
         };
         let reason = end.reason();
@@ -197,13 +228,18 @@ impl Backend {
         tracing::info!(agent = %session.agent, session = %session.id, %remote, reason = reason.label(), "session down");
     }
 
-    /// What a new session means for the older ones of its agent: those that are dead are found out, and above the limit
-    /// the oldest have to go.
+    /// What a new session means for the older ones of its agent: those that are dead are found out, above the limit the
+    /// oldest are told to go, and above twice the limit they are closed, so that no agent can fill the server.
     fn relieve(&self, older: Vec<Arc<LiveSession<QuicSession>>>) {
-        let most = self.sessions_per_agent.saturating_sub(1);
-        let too_many = older.len().saturating_sub(most);
+        let count = older.len() + 1;
         for (i, old) in older.into_iter().enumerate() {
-            if i < too_many {
+            // So many would be left if this one and all before it went.
+            let left = count - i - 1;
+            if left >= 2 * self.sessions_per_agent {
+                old.transport.close(Reason::Replaced);
+                continue;
+            }
+            if left >= self.sessions_per_agent {
                 old.go_away(GoAway {
                     reason: Reason::Replaced,
                     deadline: LEAF_GRACE,
@@ -211,19 +247,28 @@ impl Backend {
                     detail: "too many sessions of one agent".to_owned(),
                 });
             }
-            old.control.probe();
-            let stopping = self.tasks.stopping();
-            self.tasks.spawn("probe", async move {
-                tokio::select! {
-                    () = sleep(PROBE) => {}
-                    () = stopping.cancelled() => return,
-                }
-                if old.liveness.silence() >= PROBE {
-                    // Its agent was killed and has started again: nothing will come any more.
-                    old.transport.close(Reason::Replaced);
-                }
-            });
+            self.probe(old);
         }
+    }
+
+    /// Closes the session unless a sign of life comes soon: its agent was killed and has started again.
+    fn probe(&self, session: Arc<LiveSession<QuicSession>>) {
+        if session.probed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let before = session.liveness.frames();
+        session.control.probe();
+        let stopping = self.tasks.stopping();
+        self.tasks.spawn("probe", async move {
+            tokio::select! {
+                () = sleep(PROBE) => {}
+                () = stopping.cancelled() => return,
+            }
+            session.probed.store(false, Ordering::Relaxed);
+            if session.liveness.frames() == before {
+                session.transport.close(Reason::Replaced);
+            }
+        });
     }
 
     /// Resolves when the session is older than its leaf may be.
@@ -253,6 +298,7 @@ impl Backend {
 
     /// Tells every agent to go, for the drain.
     pub fn go_away(&self, deadline: Duration) {
+        self.stopping.cancel();
         for session in self.forwarder.registry.all() {
             session.go_away(GoAway {
                 reason: Reason::Draining,

@@ -50,8 +50,8 @@ impl Path {
     }
 }
 
-/// The record of one request. Dropped without [`StreamRecord::end`] it says [`Reason::Internal`]: a panic, or a task
-/// that was dropped.
+/// The record of one request. Dropped without [`StreamRecord::end`] it says [`Reason::Internal`] after a panic, else
+/// [`Reason::Cancelled`]: hyper drops what it serves when the requester hangs up.
 #[derive(Debug)]
 pub struct StreamRecord {
     metrics: Arc<Metrics>,
@@ -93,7 +93,7 @@ impl StreamRecord {
             counters: Arc::default(),
             started: Instant::now(),
             answered: None,
-            outcome: Outcome::Failed(Reason::Internal),
+            outcome: Outcome::Failed(Reason::Cancelled),
             sentence: String::new(),
         }
     }
@@ -115,6 +115,9 @@ impl StreamRecord {
 
 impl Drop for StreamRecord {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.outcome = Outcome::Failed(Reason::Internal);
+        }
         self.metrics.streams_open.dec();
         self.metrics.stream(self.frontend, self.path, self.outcome);
         let (to_edge, from_edge) = (self.counters.sent(), self.counters.received());

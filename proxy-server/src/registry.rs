@@ -35,6 +35,8 @@ pub struct LiveSession<S> {
     pub software: String,
     /// Told to go, or going by itself: takes streams only if there is no other.
     pub going: AtomicBool,
+    /// A sign of life was asked for and is waited for.
+    pub probed: AtomicBool,
     /// Open streams.
     pub streams: AtomicUsize,
 }
@@ -242,6 +244,7 @@ mod tests {
             since: SystemTime::UNIX_EPOCH,
             software: String::new(),
             going: AtomicBool::new(false),
+            probed: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
         };
         (Arc::new(session), client)

@@ -17,6 +17,7 @@ use crate::enrolment::Authority;
 use crate::frontend::LiveTls;
 use crate::frontend::credentials::Credentials;
 use crate::frontend::forward_proxy::ForwardProxy;
+use crate::frontend::http_connect::HttpConnect;
 use crate::route::RouteTable;
 
 /// Where the configuration comes from; `None` for an app that was given values.
@@ -32,6 +33,7 @@ pub struct Source {
 #[derive(Debug)]
 pub(crate) struct Changeable {
     pub(crate) tls: Option<LiveTls>,
+    pub(crate) connect: Option<Arc<HttpConnect>>,
     pub(crate) proxy: Option<Arc<ForwardProxy>>,
 }
 
@@ -136,7 +138,8 @@ impl Reloader {
             Some(file) => config::load(file, &self.source.overrides)?,
             None => self.running.clone(),
         };
-        let same = |a: &Frontend, b: &Frontend| a.listen() == b.listen();
+        let kind = std::mem::discriminant::<Frontend>;
+        let same = |a: &Frontend, b: &Frontend| a.listen() == b.listen() && kind(a) == kind(b);
         let frontends_fit = new.frontends.len() == self.frontends.len()
             && new
                 .frontends
@@ -159,7 +162,13 @@ impl Reloader {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         self.log.set(&new.log.level).context("log.level")?;
-        for (changeable, (tls, credentials)) in self.frontends.iter().zip(built) {
+        let parts = self.frontends.iter().zip(&new.frontends).zip(built);
+        for ((changeable, frontend), (tls, credentials)) in parts {
+            if let (Some(connect), Frontend::HttpConnect { default, .. }) =
+                (&changeable.connect, frontend)
+            {
+                connect.elsewhere.store(Arc::new(*default));
+            }
             if let (Some(live), Some(tls)) = (&changeable.tls, tls) {
                 live.store(tls);
             }
@@ -171,7 +180,7 @@ impl Reloader {
         self.backend.forwarder.routing.table.store(Arc::new(table));
         if needs_restart(&self.running, &new) {
             tracing::warn!(
-                "some changed settings take effect at the next start only: name, certificate, backend, limits, timeouts, drain, observe, admin"
+                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin"
             );
         }
         self.running = new;
@@ -197,6 +206,9 @@ impl Reloader {
 
 fn needs_restart(old: &Config, new: &Config) -> bool {
     old.name != new.name
+        || old.state_dir != new.state_dir
+        || old.trust_domain != new.trust_domain
+        || old.log.format != new.log.format
         || old.certificate != new.certificate
         || old.backend != new.backend
         || old.limits != new.limits

@@ -43,6 +43,9 @@ const TRIES: usize = 3;
 /// The agent's own limit for a dial; asking for more is no use (docs/protocol.md section 5).
 const AGENT_DIAL: Duration = Duration::from_secs(10);
 
+/// For the requester to take what came before its session was lost.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// What changes while the server runs.
 #[derive(Debug, Default)]
 pub struct Routing {
@@ -334,6 +337,12 @@ async fn open_on(
             Ok((Halves::Tunnel(carried, send, recv), early))
         }
         Err((reason, detail)) => {
+            // An agent speaks of its dial and of itself, not of the requester's credentials.
+            let reason = if reason.is_of_agent() {
+                reason
+            } else {
+                Reason::Protocol
+            };
             let detail = if detail.is_empty() {
                 String::new()
             } else {
@@ -342,6 +351,17 @@ async fn open_on(
             Err(Attempt::Final(Refusal::detailed(&subject, reason, &detail)))
         }
     }
+}
+
+/// Resolves a while after the session is over: a relay that waits for its requester would not notice. What was already
+/// received is still handed over meanwhile.
+async fn session_over(session: Option<&LiveSession<QuicSession>>) -> Reason {
+    let Some(session) = session else {
+        return std::future::pending().await;
+    };
+    let error = session.transport.closed().await;
+    tokio::time::sleep(LAST_WORDS).await;
+    error.reason()
 }
 
 impl Opened {
@@ -370,9 +390,15 @@ impl Opened {
             from_local: from_requester,
             from_tunnel,
         };
+        let session = match &halves {
+            Halves::Tunnel(carried, ..) => Some(Arc::clone(&carried.0)),
+            Halves::Direct(..) => None,
+        };
         let cut = async {
-            forwarder.cut.cancelled().await;
-            Reason::Draining
+            tokio::select! {
+                () = forwarder.cut.cancelled() => Reason::Draining,
+                reason = session_over(session.as_deref()) => reason,
+            }
         };
         let end = match halves {
             Halves::Tunnel(_carried, mut send, mut recv) => {

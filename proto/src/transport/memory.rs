@@ -299,6 +299,8 @@ impl SendHalf for MemorySend {
         Ok(())
     }
 
+    async fn flushed(&mut self) {}
+
     fn reset(&mut self, reason: Reason) {
         self.0.reset(reason);
     }

@@ -8,12 +8,12 @@ mod half;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub use endpoint::{Congestion, Endpoint, Incoming, QuicError, Tuning};
 pub use half::{QuicRecv, QuicSend};
+use parking_lot::Mutex;
 use quinn::VarInt;
 
 use crate::Reason;
@@ -24,16 +24,19 @@ use crate::transport::{Session, SessionError, SessionStats, Shared};
 #[derive(Clone)]
 pub struct QuicSession {
     connection: quinn::Connection,
-    windows: Arc<Windows>,
+    ledger: Arc<Ledger>,
     /// The agent's own socket, to bind anew when the line is silent.
     endpoint: Option<quinn::Endpoint>,
 }
 
-/// Keeps the session's credit above the sum of its open streams' windows.
-struct Windows {
+/// Keeps the session's credit above the sum of its open streams' windows, and remembers how it was closed.
+struct Ledger {
     connection: quinn::Connection,
     stream_window: u32,
-    open: AtomicU32,
+    /// Held while the credit is set, so that the last to count is the last to set.
+    open: Mutex<u32>,
+    /// Why this end closed it; quinn says only that it did.
+    closed: OnceLock<Reason>,
 }
 
 /// Streams' worth of credit beyond the open ones, for streams whose first bytes come before they are accepted.
@@ -47,15 +50,34 @@ fn credit(stream_window: u32, open: u32) -> u64 {
     u64::from(stream_window) * (open + open / 4 + u64::from(SPARE_STREAMS))
 }
 
-impl Windows {
-    fn apply(&self, open: u32) {
-        let credit = VarInt::from_u64(credit(self.stream_window, open)).unwrap_or(VarInt::MAX);
+impl fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ledger")
+            .field("open", &*self.open.lock())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ledger {
+    fn count(&self, change: impl FnOnce(u32) -> u32) {
+        let mut open = self.open.lock();
+        *open = change(*open);
+        let credit = credit(self.stream_window, *open);
+        let credit = VarInt::from_u64(credit).unwrap_or(VarInt::MAX);
         self.connection.set_receive_window(credit);
+    }
+
+    /// What quinn's end of this connection means to us.
+    fn error(&self, error: &quinn::ConnectionError) -> SessionError {
+        match (error, self.closed.get()) {
+            (quinn::ConnectionError::LocallyClosed, Some(reason)) => SessionError::Local(*reason),
+            _ => session_error(error),
+        }
     }
 }
 
 /// One open stream's part of the credit.
-struct Open(Arc<Windows>);
+struct Open(Arc<Ledger>);
 
 impl Release for Open {}
 
@@ -66,20 +88,15 @@ impl fmt::Debug for Open {
 }
 
 impl Open {
-    fn new(windows: &Arc<Windows>) -> Self {
-        let open = windows
-            .open
-            .fetch_add(1, Ordering::AcqRel)
-            .saturating_add(1);
-        windows.apply(open);
-        Self(Arc::clone(windows))
+    fn new(ledger: &Arc<Ledger>) -> Self {
+        ledger.count(|open| open.saturating_add(1));
+        Self(Arc::clone(ledger))
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        let open = self.0.open.fetch_sub(1, Ordering::AcqRel).saturating_sub(1);
-        self.0.apply(open);
+        self.0.count(|open| open.saturating_sub(1));
     }
 }
 
@@ -97,15 +114,16 @@ impl QuicSession {
         stream_window: u32,
         own: Option<quinn::Endpoint>,
     ) -> Self {
-        let windows = Arc::new(Windows {
+        let ledger = Arc::new(Ledger {
             connection: connection.clone(),
             stream_window,
-            open: AtomicU32::new(0),
+            open: Mutex::new(0),
+            closed: OnceLock::new(),
         });
-        windows.apply(0);
+        ledger.count(|open| open);
         Self {
             connection,
-            windows,
+            ledger,
             endpoint: own,
         }
     }
@@ -128,10 +146,10 @@ impl QuicSession {
     }
 
     fn halves(&self, send: quinn::SendStream, recv: quinn::RecvStream) -> (QuicSend, QuicRecv) {
-        let shared = Shared::new(Some(Box::new(Open::new(&self.windows))));
+        let shared = Shared::new(Some(Box::new(Open::new(&self.ledger))));
         (
-            QuicSend::new(send, Arc::clone(&shared)),
-            QuicRecv::new(recv, shared),
+            QuicSend::new(send, Arc::clone(&shared), Arc::clone(&self.ledger)),
+            QuicRecv::new(recv, shared, Arc::clone(&self.ledger)),
         )
     }
 }
@@ -145,7 +163,7 @@ impl Session for QuicSession {
             .connection
             .open_bi()
             .await
-            .map_err(|e| session_error(&e))?;
+            .map_err(|e| self.ledger.error(&e))?;
         Ok(self.halves(send, recv))
     }
 
@@ -154,17 +172,18 @@ impl Session for QuicSession {
             .connection
             .accept_bi()
             .await
-            .map_err(|e| session_error(&e))?;
+            .map_err(|e| self.ledger.error(&e))?;
         Ok(self.halves(send, recv))
     }
 
     fn close(&self, reason: Reason) {
+        self.ledger.closed.set(reason).ok(); // the first close counts
         self.connection
             .close(reason.code().into(), reason.label().as_bytes());
     }
 
     async fn closed(&self) -> SessionError {
-        session_error(&self.connection.closed().await)
+        self.ledger.error(&self.connection.closed().await)
     }
 
     fn nudge(&self) {

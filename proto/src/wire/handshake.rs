@@ -162,7 +162,7 @@ fn common(ours: &[String], theirs: &[String]) -> Capabilities {
 }
 
 /// Shortens a peer's free text and keeps it printable, so that it can be logged.
-pub(super) fn printable(text: &str, most: usize) -> String {
+pub(crate) fn printable(text: &str, most: usize) -> String {
     text.chars()
         .filter(|c| !c.is_control())
         .take(most)

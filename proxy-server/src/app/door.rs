@@ -11,7 +11,7 @@ use crate::config::{Elsewhere, Frontend};
 use crate::frontend::LiveTls;
 use crate::frontend::forward_proxy::{ForwardProxy, Pool};
 use crate::frontend::http_connect::HttpConnect;
-use crate::reload::frontend_credentials;
+use crate::reload::{Changeable, frontend_credentials};
 use crate::serve::Forwarder;
 
 pub(super) enum Door {
@@ -26,16 +26,16 @@ impl Door {
         tls: Option<LiveTls>,
         forwarder: &Arc<Forwarder>,
         streams: &Tasks,
-    ) -> anyhow::Result<(Self, Option<Arc<ForwardProxy>>)> {
+    ) -> anyhow::Result<Self> {
         let forwarder = Arc::clone(forwarder);
         match (frontend, tls) {
             (Frontend::HttpConnect { default, .. }, tls) => {
                 let door = HttpConnect {
                     forwarder,
                     tls,
-                    elsewhere: *default,
+                    elsewhere: ArcSwap::from_pointee(*default),
                 };
-                Ok((Self::Connect(listener, Arc::new(door)), None))
+                Ok(Self::Connect(listener, Arc::new(door)))
             }
             (Frontend::ForwardProxy { .. }, Some(tls)) => {
                 let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
@@ -48,7 +48,7 @@ impl Door {
                     pool,
                     tasks,
                 });
-                Ok((Self::Proxy(listener, Arc::clone(&proxy)), Some(proxy)))
+                Ok(Self::Proxy(listener, proxy))
             }
             (Frontend::ForwardProxy { listen, .. }, None) => {
                 anyhow::bail!("a forward proxy has TLS and so a TCP address, not {listen}")
@@ -56,10 +56,26 @@ impl Door {
         }
     }
 
+    /// What a reload changes of it.
+    pub(super) fn changeable(&self, tls: Option<LiveTls>) -> Changeable {
+        match self {
+            Self::Connect(_, door) => Changeable {
+                tls,
+                connect: Some(Arc::clone(door)),
+                proxy: None,
+            },
+            Self::Proxy(_, door) => Changeable {
+                tls,
+                connect: None,
+                proxy: Some(Arc::clone(door)),
+            },
+        }
+    }
+
     pub(super) async fn run(self, tasks: &Tasks, stop: CancellationToken) {
         match self {
             Self::Connect(listener, door) => {
-                tracing::info!(listen = %listener.bound(), direct = door.elsewhere == Elsewhere::Direct, "requests: HTTP CONNECT");
+                tracing::info!(listen = %listener.bound(), direct = **door.elsewhere.load() == Elsewhere::Direct, "requests: HTTP CONNECT");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
                 log_end(
                     "frontend",

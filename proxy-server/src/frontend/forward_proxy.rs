@@ -8,6 +8,7 @@ mod pool;
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -68,7 +69,9 @@ impl ForwardProxy {
         };
         let certified = proved.then_some(requester);
         let stop = self.tasks.stopping();
+        let asked = AtomicBool::new(false);
         let service = service_fn(|request| {
+            asked.store(true, Ordering::Relaxed);
             let proxy = Arc::clone(&self);
             let certified = certified.clone();
             async move { Ok::<_, Infallible>(proxy.answer(request, certified).await) }
@@ -81,14 +84,32 @@ impl ForwardProxy {
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
+        let silent = async {
+            tokio::time::sleep(limit).await;
+            if asked.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+        };
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,
+            () = silent => {
+                let sentence = "no request came in time".to_owned();
+                self.refuse(&Refusal { reason: Reason::Timeout, sentence });
+                return;
+            }
             () = stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
         };
         if let Err(error) = ended {
+            if error.is_parse() {
+                let sentence = format!("the request is not HTTP/1.1: {error}");
+                self.refuse(&Refusal {
+                    reason: Reason::BadRequest,
+                    sentence,
+                });
+            }
             tracing::debug!(%peer, error = %daemon::chain(&error), "forward proxy connection ended");
         }
     }
@@ -128,10 +149,11 @@ impl ForwardProxy {
         mut request: HttpRequest<Incoming>,
         requester: String,
     ) -> Result<Response<Body>, Refusal> {
-        let destination = destination(
-            request.uri().authority().map(http::uri::Authority::as_str),
-            None,
-        )?;
+        let authority = request.uri().authority().map(http::uri::Authority::as_str);
+        let destination = match destination(authority, None) {
+            Ok(destination) => destination,
+            Err(refusal) => return Ok(self.refuse(&refusal)),
+        };
         let wanted = Request {
             frontend: NAME,
             requester,
@@ -158,10 +180,10 @@ impl ForwardProxy {
         let uri = request.uri();
         if uri.scheme() != Some(&http::uri::Scheme::HTTP) {
             let sentence = "only http:// URLs and CONNECT are served here".to_owned();
-            return Err(Refusal {
+            return Ok(self.refuse(&Refusal {
                 reason: Reason::BadRequest,
                 sentence,
-            });
+            }));
         }
         destination(uri.authority().map(http::uri::Authority::as_str), Some(80))?;
         strip_hop_by_hop(request.headers_mut());

@@ -7,7 +7,9 @@
 //! destination has answered; the sentence in the reason phrase; our own limits; the requester watched while we dial.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use daemon::{Peer, Stream};
 use proto::{Destination, Reason, RelayEnd};
@@ -28,6 +30,9 @@ const MAX_HEADERS: usize = 64;
 /// What a requester may send before it is answered; more waits in its socket.
 const MAX_EARLY: usize = 16 << 10;
 
+/// For a requester to take its answer, a few hundred bytes.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// One listener's settings.
 #[derive(Debug)]
 pub struct HttpConnect {
@@ -36,7 +41,7 @@ pub struct HttpConnect {
     /// TLS, on TCP.
     pub tls: Option<LiveTls>,
     /// What about destinations that are not at the edge.
-    pub elsewhere: Elsewhere,
+    pub elsewhere: ArcSwap<Elsewhere>,
 }
 
 impl HttpConnect {
@@ -73,7 +78,7 @@ impl HttpConnect {
             frontend: NAME,
             requester,
             destination,
-            elsewhere: self.elsewhere,
+            elsewhere: **self.elsewhere.load(),
         };
         let opened = self
             .forwarder
@@ -83,12 +88,14 @@ impl HttpConnect {
             Err(refusal) if refusal.reason == Reason::Cancelled => {}
             Err(refusal) => answer(&mut io, &refusal).await,
             Ok(opened) => {
-                if io.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.is_err()
-                    || io.flush().await.is_err()
-                {
-                    // The relay finds out what that means and records it.
-                    tracing::debug!("the requester left before its answer");
-                }
+                let said = async {
+                    io.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+                    io.flush().await
+                };
+                // The relay finds out what a requester that left means; one that takes nothing is not waited for.
+                let Ok(_) = timeout(ANSWER, said).await else {
+                    return io.abort();
+                };
                 if let RelayEnd::Cut(_) = opened.relay(&mut io, buffer.freeze()).await {
                     io.abort();
                 }
@@ -188,12 +195,11 @@ fn refusal_head(refusal: &Refusal) -> String {
 
 async fn answer(io: &mut Io, refusal: &Refusal) {
     let head = Bytes::from(refusal_head(refusal));
-    // A requester that does not take its answer within the limit for a dial is not there any more.
     let said = async {
         io.write_all(&head).await?;
         io.shutdown().await
     };
-    timeout(std::time::Duration::from_secs(5), said).await.ok();
+    timeout(ANSWER, said).await.ok();
 }
 
 #[cfg(test)]

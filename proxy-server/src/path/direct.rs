@@ -5,41 +5,27 @@
 //! ones, and this server's own listeners. The check is on the address that is then dialled, so no name can be bent.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
-use proto::{Destination, Host, Reason};
+use proto::{Destination, Host, Reason, is_loopback, is_never_dialled};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::error::Refusal;
 
-/// Metadata services outside the link-local range: AWS over IPv6, Alibaba Cloud, Oracle Cloud.
-const METADATA: [IpAddr; 3] = [
-    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
-    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
-    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
-];
-
 /// Whether the address is one that is never dialled.
 fn is_forbidden(ip: IpAddr) -> bool {
-    let ip = ip.to_canonical();
-    let special = match ip {
-        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
-    };
-    special
-        || ip.is_loopback()
-        || ip.is_unspecified()
-        || ip.is_multicast()
-        || METADATA.contains(&ip)
+    is_never_dialled(ip) || is_loopback(ip)
 }
 
 /// Whether `address` is one of our own listeners; `own` has bound addresses, possibly unspecified ones.
 fn is_ourselves(address: SocketAddr, own: &[SocketAddr], interfaces: &[IpAddr]) -> bool {
+    let ip = address.ip().to_canonical();
     own.iter().any(|listener| {
-        let here = listener.ip() == address.ip()
-            || (listener.ip().is_unspecified()
-                && interfaces.contains(&address.ip().to_canonical()));
+        let here = listener.ip().to_canonical() == ip
+            || (listener.ip().is_unspecified() && interfaces.contains(&ip));
         here && listener.port() == address.port()
     })
 }
@@ -101,7 +87,12 @@ pub async fn dial(
     };
     let interfaces = interfaces();
     let mut last = Refusal::about(destination, Reason::Resolve);
+    let mut left = addresses.len();
     for address in addresses {
+        // A dead address takes its share of the time and leaves the others theirs.
+        let share = deadline.saturating_duration_since(Instant::now())
+            / u32::try_from(left.max(1)).unwrap_or(u32::MAX);
+        left = left.saturating_sub(1);
         if is_forbidden(address.ip()) || is_ourselves(address, own, &interfaces) {
             last = Refusal::about(destination, Reason::ForbiddenDestination);
             continue;
@@ -111,17 +102,28 @@ pub async fn dial(
             reason = "the one place that dials without a tunnel"
         )]
         let connect = TcpStream::connect(address);
-        match timeout_at(deadline, connect).await.map_err(late)? {
-            Ok(stream) => {
-                stream.set_nodelay(true).ok(); // only latency is lost without it
+        match timeout(share, connect).await {
+            Ok(Ok(stream)) => {
+                prepare(&stream);
                 return Ok(stream);
             }
-            Err(error) => {
+            Ok(Err(error)) => {
                 last = Refusal::detailed(destination, reason(&error), &error.to_string());
             }
+            Err(_elapsed) => last = Refusal::about(destination, Reason::DialTimeout),
         }
     }
     Err(last)
+}
+
+/// No delay, and a destination that vanishes without a word is noticed.
+fn prepare(stream: &TcpStream) {
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(3);
+    stream.set_nodelay(true).ok(); // only latency is lost without it
+    SockRef::from(stream).set_tcp_keepalive(&keepalive).ok(); // the half-open reaper is left
 }
 
 #[cfg(test)]
@@ -174,7 +176,7 @@ mod tests {
     #[tokio::test]
     async fn a_name_that_leads_to_loopback_is_refused() {
         let destination = "localhost:1".parse().unwrap();
-        let deadline = Instant::now() + std::time::Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(10);
         let refusal = dial(&destination, &[], deadline).await.unwrap_err();
         assert_eq!(refusal.reason, Reason::ForbiddenDestination);
     }

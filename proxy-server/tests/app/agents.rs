@@ -183,6 +183,19 @@ async fn a_newer_session_takes_over_and_a_dead_older_one_is_found_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_can_not_fill_the_server_with_sessions() {
+    let stack = Stack::start("limits: {sessionsPerAgent: 2}");
+    let own = stack.enrolled("edge1").await;
+    let mut sessions = Vec::new();
+    for i in 1..=8 {
+        let session = bare_session(&stack, &own).await.unwrap();
+        sessions.push(Control::dial(session, &offer("edge1")).await.unwrap());
+        stack.sessions("edge1", i.min(4)).await;
+    }
+    stack.shutdown.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn agents_over_the_rate_are_told_when_to_come_again() {
     let stack = Stack::start("limits: {sessionsPerSecond: 1}");
     let own = stack.enrolled("edge1").await;
@@ -207,4 +220,64 @@ async fn agents_over_the_rate_are_told_when_to_come_again() {
         "{reason} {after:?}"
     );
     stack.shutdown.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_healthy_older_session_stays_beside_a_newer_one() {
+    let stack = Stack::start("");
+    let own = stack.enrolled("edge1").await;
+    let mut running = tokio::task::JoinSet::new();
+    for i in 1..=2 {
+        let session = bare_session(&stack, &own).await.unwrap();
+        let (control, _) = Control::dial(session, &offer("edge1")).await.unwrap();
+        running.spawn(async move {
+            let live =
+                proto::control::Liveness::new(proto::transport::keepalive::Keepalive::default());
+            control.run(&live, |_| ()).await
+        });
+        stack.sessions("edge1", i).await;
+    }
+    let older = std::sync::Arc::clone(&stack.registry.all()[0]);
+    let probing = std::sync::atomic::Ordering::Relaxed;
+    crate::stack::eventually("the older one is asked", || older.probed.load(probing)).await;
+    crate::stack::eventually("it has answered", || !older.probed.load(probing)).await;
+    stack.sessions("edge1", 2).await;
+    assert!(running.try_join_next().is_none(), "a session was closed");
+    stack.shutdown.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_begun_before_the_revocation_does_not_slip_through() {
+    let stack = Stack::start("");
+    let own = stack.enrolled("edge1").await;
+    let session = bare_session(&stack, &own).await.unwrap();
+    let name = Name::parse("edge1").unwrap();
+    stack
+        .store()
+        .revoke_agent(&name, Clock::system().now())
+        .unwrap();
+    // Until the server has read the store again, which refuses new handshakes.
+    let known = async {
+        while let Ok(other) = bare_session(&stack, &own).await {
+            if end_within(&other).await == Some(Reason::Tls) {
+                return;
+            }
+        }
+    };
+    within(known).await;
+    if let Ok((control, _)) = Control::dial(session, &offer("edge1")).await {
+        let live = proto::control::Liveness::new(proto::transport::keepalive::Keepalive::default());
+        let ended = within(control.run(&live, |_| ())).await;
+        assert_eq!(ended.reason(), Reason::Revoked);
+    }
+    stack.sessions("edge1", 0).await;
+    let line = stack.connect("edge1:10250").await.unwrap_err();
+    assert!(line.contains("the agent is revoked"), "{line}");
+    stack.shutdown.cancel();
+}
+
+/// Why the session ended, if it did so soon.
+async fn end_within(session: &proto::transport::quic::QuicSession) -> Option<Reason> {
+    let ended = tokio::time::timeout(Duration::from_millis(300), session.closed()).await;
+    ended.ok().map(|error| error.reason())
 }

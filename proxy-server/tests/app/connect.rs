@@ -428,3 +428,37 @@ async fn the_smallest_configuration_works() {
     stack.connect(&format!("edge1:{port}")).await.unwrap();
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reload_changes_what_becomes_of_other_destinations() {
+    let stack = Stack::start("");
+    let to = "169.254.169.254:80";
+    assert!(
+        stack
+            .connect(to)
+            .await
+            .unwrap_err()
+            .contains("no node at the edge")
+    );
+    let file = stack.dir.path().join("proxy-server.yaml");
+    rewrite(
+        &file,
+        &text(&file).replace("connect.sock'}", "connect.sock', default: direct}"),
+    );
+    stack.reload.reload();
+    while stack
+        .metric("corvid_config_reloads_total{result=\"ok\"}")
+        .await
+        < 1.0
+    {
+        tokio::task::yield_now().await;
+    }
+    assert!(
+        stack
+            .connect(to)
+            .await
+            .unwrap_err()
+            .contains("never dialled")
+    );
+    stack.stop().await;
+}

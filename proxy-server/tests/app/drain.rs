@@ -104,3 +104,32 @@ async fn a_hundred_streams_of_every_kind_of_end_leave_no_descriptor_behind() {
     eventually("descriptors come back", || descriptors() < before + 50).await;
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_stops_delivers_the_last_bytes_of_what_has_ended() {
+    let mut stack = Stack::start("");
+    let mut edge = JoinSet::new();
+    let port = crate::stack::shouter(&mut edge).await;
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    let mut stream = stack.connect(&format!("edge1:{port}")).await.unwrap();
+    let data = vec![b'x'; 900_000];
+    stream.write_all(&data).await.unwrap();
+    stream.shutdown().await.unwrap();
+    // The answer is under way, larger than what the sockets hold; nobody reads it yet.
+    stack.agents_stop.cancel();
+    let session = std::sync::Arc::clone(&stack.registry.all()[0]);
+    eventually("the agent goes", || {
+        session.going.load(std::sync::atomic::Ordering::Relaxed)
+    })
+    .await;
+    let mut answer = Vec::new();
+    within(stream.read_to_end(&mut answer)).await.unwrap();
+    assert!(
+        answer.len() == data.len(),
+        "{} of {}",
+        answer.len(),
+        data.len()
+    );
+    stack.stop().await;
+}

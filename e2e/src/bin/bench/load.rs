@@ -42,7 +42,10 @@ impl Target {
                 connections.spawn(async move { serve(stream).await.ok() });
             }
         });
-        Ok(Self { address, _tasks: tasks })
+        Ok(Self {
+            address,
+            _tasks: tasks,
+        })
     }
 }
 
@@ -88,7 +91,11 @@ async fn transfer(stream: Stream, way: Direction, bytes: u64) -> Result<()> {
     }
 }
 
-async fn move_bytes<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, way: Direction, bytes: u64) -> Result<()> {
+async fn move_bytes<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    way: Direction,
+    bytes: u64,
+) -> Result<()> {
     let mut buffer = vec![0; CHUNK];
     match way {
         Direction::Down => {
@@ -152,9 +159,12 @@ fn micros(duration: Duration) -> u64 {
 
 /// One round of everything.
 pub(crate) async fn round(way: &Way, bytes: u64, samples: &mut Samples) -> Result<()> {
-    for (label, direction, streams) in
-        [("down 1", Direction::Down, 1), ("up 1", Direction::Up, 1), ("down 8", Direction::Down, 8), ("up 8", Direction::Up, 8)]
-    {
+    for (label, direction, streams) in [
+        ("down 1", Direction::Down, 1),
+        ("up 1", Direction::Up, 1),
+        ("down 8", Direction::Down, 8),
+        ("up 8", Direction::Up, 8),
+    ] {
         let (cpu, began) = (way.cpu()?, now());
         let mut all = JoinSet::new();
         for _ in 0..streams {
@@ -165,8 +175,14 @@ pub(crate) async fn round(way: &Way, bytes: u64, samples: &mut Samples) -> Resul
         }
         let seconds = began.elapsed().as_secs_f64();
         let gigabytes = bytes as f64 / 1e9;
-        samples.add(format!("throughput {label}, Mbit/s"), bytes as f64 * 8.0 / 1e6 / seconds);
-        samples.add(format!("CPU {label}, s/GB"), (way.cpu()? - cpu).as_secs_f64() / gigabytes);
+        samples.add(
+            format!("throughput {label}, Mbit/s"),
+            bytes as f64 * 8.0 / 1e6 / seconds,
+        );
+        samples.add(
+            format!("CPU {label}, s/GB"),
+            (way.cpu()? - cpu).as_secs_f64() / gigabytes,
+        );
     }
     pings(way, samples).await?;
     connections(way, samples).await?;
@@ -215,6 +231,9 @@ async fn beside_bulk(way: &Way, samples: &mut Samples) -> Result<()> {
         done = measured => done?,
         ended = bulk => { ended?; }
     }
-    samples.add("ping p99 beside a bulk stream, us", times.value_at_quantile(0.99) as f64);
+    samples.add(
+        "ping p99 beside a bulk stream, us",
+        times.value_at_quantile(0.99) as f64,
+    );
     Ok(())
 }

@@ -2,7 +2,10 @@
 //! one machine. Rounds are interleaved and medians shown; the load and the target share the cores with what is measured,
 //! so ratios say more than figures.
 #![expect(clippy::print_stdout, reason = "a table is the product")]
-#![expect(clippy::indexing_slicing, reason = "a wrong index ends a benchmark, and nothing else")]
+#![expect(
+    clippy::indexing_slicing,
+    reason = "a wrong index ends a benchmark, and nothing else"
+)]
 
 mod load;
 mod memory;
@@ -39,7 +42,9 @@ enum Role {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     match args.role {
         Some(Role::Splice(splice)) => runtime.block_on(splice.run()),
         None => runtime.block_on(Box::pin(measure(&args))),

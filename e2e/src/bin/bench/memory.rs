@@ -1,19 +1,26 @@
 //! What idle things cost: 1,000 streams at both daemons, many sessions at a server.
 
-use std::sync::Arc;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use certs::{AgentFiles, Clock, EnrollRequest, LiveBundle, LiveCredential, Name, Own, Store, TrustDomain};
+use anyhow::Result;
+use base64::Engine as _;
+use certs::{
+    Clock, Credential, Csr, Issuer, Key, LiveBundle, LiveCredential, Name, Own, TrustDomain,
+};
 use proto::control::{Control, Liveness};
-use proto::transport::Session as _;
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Congestion, Endpoint, Tuning};
 use proto::wire::{Limits, Offer};
+use secrecy::ExposeSecret as _;
 use tokio::task::JoinSet;
 
 use crate::load::pinger;
 use crate::tunnel::{Way, server, wait_for_backend, wait_for_sessions};
+
+/// Sessions before the first figure is taken.
+const WARM_UP: usize = 20;
 
 /// KiB for each idle stream.
 pub(crate) struct IdleStreams {
@@ -49,69 +56,84 @@ pub(crate) async fn idle_streams(way: &Way, count: usize) -> Result<IdleStreams>
 
 pub(crate) async fn idle_sessions(count: usize) -> Result<IdleSessions> {
     let dir = tempfile::tempdir()?;
-    let limits = "limits: {sessionsPerAgent: 1000000, sessionsPerSecond: 1000000, handshakes: 4096}";
-    let hop = server(dir.path(), limits)?;
+    let hop = server(
+        dir.path(),
+        "limits: {sessionsPerSecond: 1000000, handshakes: 4096}",
+    )?;
     let backend = wait_for_backend(dir.path())?.parse()?;
-    let own = enrolled(dir.path(), backend).await?;
-    let offer = Offer {
-        agent: "edge1".parse()?,
-        software: "bench".into(),
-        capabilities: vec![],
-        limits: Limits { max_streams: 4096, stream_window: 640 << 10 },
-        instance: String::new(),
-    };
-    let tls = certs::tunnel_client_quic(&own)?;
+    let trust_domain = TrustDomain::default();
+    let now = Clock::system().now();
+    let issuer = Issuer::load_or_create(&dir.path().join("server/ca"), &trust_domain, now)?;
+    let mut sessions = JoinSet::new();
+    // The first ones pay for what is made once.
+    for i in 0..WARM_UP {
+        sessions.spawn(session(&issuer, &format!("warm{i}"), backend).await?);
+    }
+    wait_for_sessions(dir.path(), WARM_UP)?;
+    let before = hop.rss()?;
+    for i in 0..count {
+        sessions.spawn(session(&issuer, &format!("edge{i}"), backend).await?);
+    }
+    wait_for_sessions(dir.path(), WARM_UP + count)?;
+    Ok(IdleSessions {
+        count,
+        each: kib(before, hop.rss()?, count),
+    })
+}
+
+/// A session of an agent of that name; it lasts as long as the returned future runs.
+async fn session(
+    issuer: &Issuer,
+    name: &str,
+    backend: SocketAddr,
+) -> Result<impl Future<Output = ()> + Send + 'static> {
+    let own = agent(issuer, name)?;
     let tuning = Tuning {
         stream_window: 640 << 10,
         max_streams: 8,
         idle_timeout: Duration::from_secs(120),
         congestion: Congestion::Cubic,
     };
-    let mut sessions = JoinSet::new();
-    let mut open = async |wanted: usize| -> Result<()> {
-        for _ in 0..wanted {
-            let session = Endpoint::dial(backend, certs::SERVER_SNI, Arc::clone(&tls), tuning).await?;
-            let (control, _) = Control::dial(session.clone(), &offer).await?;
-            sessions.spawn(async move {
-                let live = Liveness::new(Keepalive::default());
-                control.run(&live, |_| ()).await;
-                session.close(proto::Reason::Draining);
-            });
-        }
-        Ok(())
+    let offer = Offer {
+        agent: name.parse()?,
+        software: "bench".into(),
+        capabilities: vec![],
+        limits: Limits {
+            max_streams: 4096,
+            stream_window: 640 << 10,
+        },
+        instance: String::new(),
     };
-    // The first ones pay for what is made once.
-    open(20).await?;
-    wait_for_sessions(dir.path(), 20)?;
-    let before = hop.rss()?;
-    open(count).await?;
-    wait_for_sessions(dir.path(), 20 + count)?;
-    Ok(IdleSessions { count, each: kib(before, hop.rss()?, count) })
+    let tls = certs::tunnel_client_quic(&own)?;
+    let session = Endpoint::dial(backend, certs::SERVER_SNI, tls, tuning).await?;
+    let (control, _) = Control::dial(session, &offer).await?;
+    Ok(async move {
+        control
+            .run(&Liveness::new(Keepalive::default()), |_| ())
+            .await;
+    })
 }
 
-async fn enrolled(dir: &std::path::Path, backend: std::net::SocketAddr) -> Result<Own> {
-    let state = dir.join("server");
+/// What an enrolled agent of that name has.
+fn agent(issuer: &Issuer, name: &str) -> Result<Own> {
     let clock = Clock::system();
-    let trust_domain = TrustDomain::default();
-    let issuer = certs::Issuer::load_or_create(&state.join("ca"), &trust_domain, clock.now())?;
-    let new = certs::NewToken { ttl: Duration::from_secs(600), uses: 1, agents: certs::AgentPattern::any() };
-    let token = Store::open(&state)?.create_token(&new, clock.now())?;
-    let files = AgentFiles::new(dir.join("agent"));
-    let name = Name::parse("edge1")?;
-    let request = EnrollRequest {
-        server: backend,
-        pin: issuer.pin(),
-        token: &token,
-        name: &name,
-        trust_domain: &trust_domain,
-        files: &files,
-        clock: &clock,
-    };
-    let enrolled = certs::enroll(&request).await.context("enrol")?;
+    let key = Key::generate()?;
+    let csr = Csr::check(&Csr::make(&key)?)?;
+    let issued = issuer.sign_agent(&Name::parse(name)?, &csr, clock.now())?;
+    let mut chain = String::new();
+    for certificate in issued.chain {
+        let text = base64::engine::general_purpose::STANDARD.encode(certificate);
+        writeln!(
+            chain,
+            "-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----"
+        )?;
+    }
+    let credential =
+        Credential::from_pem(chain.as_bytes(), key.to_pem().expose_secret().as_bytes())?;
     Ok(Own {
-        credential: LiveCredential::new(enrolled.credential),
-        bundle: LiveBundle::new(enrolled.bundle),
+        credential: LiveCredential::new(credential),
+        bundle: LiveBundle::new(issuer.bundle().clone()),
         clock,
-        trust_domain,
+        trust_domain: issuer.trust_domain().clone(),
     })
 }

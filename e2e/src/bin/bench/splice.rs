@@ -58,7 +58,15 @@ async fn hop(
     to.set_nodelay(true)?;
     match (connector, acceptor) {
         (None, None) => copy(from, to).await,
-        (Some(connector), _) => copy(from, connector.connect(ServerName::try_from("splice")?, to).await?).await,
+        (Some(connector), _) => {
+            copy(
+                from,
+                connector
+                    .connect(ServerName::try_from("splice")?, to)
+                    .await?,
+            )
+            .await
+        }
         (None, Some(acceptor)) => copy(acceptor.accept(from).await?, to).await,
     }
 }

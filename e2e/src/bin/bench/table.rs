@@ -21,17 +21,25 @@ impl Samples {
             sorted.sort_by(f64::total_cmp);
             sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
         };
-        self.0.iter().map(|(name, values)| (name.as_str(), median(values))).collect()
+        self.0
+            .iter()
+            .map(|(name, values)| (name.as_str(), median(values)))
+            .collect()
     }
 }
 
 /// Prints Markdown.
 pub(crate) fn print(results: &[Samples], streams: &IdleStreams, sessions: &IdleSessions) {
-    let [plain, tls, corvid] = results else { return };
+    let [plain, tls, corvid] = results else {
+        return;
+    };
     println!("| median | plain splice | TLS splice | corvid | × plain | × TLS |");
     println!("| --- | --: | --: | --: | --: | --: |");
-    for (((name, plain), (_, tls)), (_, corvid)) in
-        plain.medians().into_iter().zip(tls.medians()).zip(corvid.medians())
+    for (((name, plain), (_, tls)), (_, corvid)) in plain
+        .medians()
+        .into_iter()
+        .zip(tls.medians())
+        .zip(corvid.medians())
     {
         println!(
             "| {name} | {plain:.2} | {tls:.2} | {corvid:.2} | {:.2} | {:.2} |",
@@ -42,7 +50,16 @@ pub(crate) fn print(results: &[Samples], streams: &IdleStreams, sessions: &IdleS
     println!();
     println!("| memory | KiB |");
     println!("| --- | --: |");
-    println!("| an idle session at the server (of {}) | {:.1} |", sessions.count, sessions.each);
-    println!("| an idle stream at the server (of {}) | {:.1} |", streams.count, streams.server);
-    println!("| an idle stream at the agent (of {}) | {:.1} |", streams.count, streams.agent);
+    println!(
+        "| an idle session at the server (of {}) | {:.1} |",
+        sessions.count, sessions.each
+    );
+    println!(
+        "| an idle stream at the server (of {}) | {:.1} |",
+        streams.count, streams.server
+    );
+    println!(
+        "| an idle stream at the agent (of {}) | {:.1} |",
+        streams.count, streams.agent
+    );
 }

@@ -23,22 +23,41 @@ impl Drop for Hop {
 
 impl Hop {
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
-        Ok(Self(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().context("start a process")?))
+        Ok(Self(
+            command
+                .stdin(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .context("start a process")?,
+        ))
     }
 
     /// User and system time so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id()))?;
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let fields: Vec<&str> = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .collect();
         // proc(5): utime and stime are fields 14 and 15, the 12th and 13th behind the name; 100 ticks a second.
-        let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+        let ticks = |i: usize| {
+            fields
+                .get(i)
+                .and_then(|f| f.parse::<u64>().ok())
+                .unwrap_or(0)
+        };
         Ok(Duration::from_millis(10 * (ticks(11) + ticks(12))))
     }
 
     /// Resident memory, bytes.
     pub(crate) fn rss(&self) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .context("no VmRSS")?;
         let kib: u64 = line.split_whitespace().nth(1).unwrap_or_default().parse()?;
         Ok(kib << 10)
     }
@@ -76,25 +95,47 @@ fn splice(to: SocketAddr, more: &[&str]) -> Result<(Hop, SocketAddr)> {
     let out = child.stdout.take().context("no output")?;
     let hop = Hop(child);
     BufReader::new(out).read_line(&mut line)?;
-    Ok((hop, line.trim().parse().context("where does the splice listen?")?))
+    Ok((
+        hop,
+        line.trim()
+            .parse()
+            .context("where does the splice listen?")?,
+    ))
 }
 
 impl Way {
     pub(crate) async fn plain(target: SocketAddr) -> Result<Self> {
         let (back, address) = splice(target, &[])?;
         let (front, address) = splice(address, &[])?;
-        Self { name: "plain splice", entry: Entry::Direct(address), hops: [front, back], _dir: tempfile::tempdir()? }.tried().await
+        Self {
+            name: "plain splice",
+            entry: Entry::Direct(address),
+            hops: [front, back],
+            _dir: tempfile::tempdir()?,
+        }
+        .tried()
+        .await
     }
 
     pub(crate) async fn tls(target: SocketAddr) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let pem = dir.path().join("splice.pem");
         let signed = rcgen::generate_simple_self_signed(["splice".to_owned()])?;
-        std::fs::write(&pem, signed.cert.pem() + &signed.signing_key.serialize_pem())?;
+        std::fs::write(
+            &pem,
+            signed.cert.pem() + &signed.signing_key.serialize_pem(),
+        )?;
         let pem = pem.to_str().context("a path in UTF-8")?;
         let (back, address) = splice(target, &["--tls-from", pem])?;
         let (front, address) = splice(address, &["--tls-to", pem])?;
-        Self { name: "TLS splice", entry: Entry::Direct(address), hops: [front, back], _dir: dir }.tried().await
+        Self {
+            name: "TLS splice",
+            entry: Entry::Direct(address),
+            hops: [front, back],
+            _dir: dir,
+        }
+        .tried()
+        .await
     }
 
     pub(crate) async fn corvid(target: SocketAddr) -> Result<Self> {
@@ -105,11 +146,20 @@ impl Way {
         wait_for_sessions(dir.path(), 1)?;
         let destination = format!("edge1:{}", target.port());
         let entry = Entry::Connect(dir.path().join("connect.sock"), destination);
-        Self { name: "corvid", entry, hops: [server, agent], _dir: dir }.tried().await
+        Self {
+            name: "corvid",
+            entry,
+            hops: [server, agent],
+            _dir: dir,
+        }
+        .tried()
+        .await
     }
 
     async fn tried(self) -> Result<Self> {
-        self.connect().await.with_context(|| format!("try {}", self.name))?;
+        self.connect()
+            .await
+            .with_context(|| format!("try {}", self.name))?;
         Ok(self)
     }
 
@@ -128,7 +178,11 @@ impl Way {
                 stream.write_all(request.as_bytes()).await?;
                 let mut head = [0; 19];
                 stream.read_exact(&mut head).await?;
-                ensure!(&head == b"HTTP/1.1 200 OK\r\n\r\n", "{}", String::from_utf8_lossy(&head));
+                ensure!(
+                    &head == b"HTTP/1.1 200 OK\r\n\r\n",
+                    "{}",
+                    String::from_utf8_lossy(&head)
+                );
                 Ok(Stream::Unix(stream))
             }
         }
@@ -150,7 +204,13 @@ pub(crate) fn server(dir: &Path, more: &str) -> Result<Hop> {
     );
     std::fs::write(&config, text)?;
     let log = std::fs::File::create(dir.join("server.log"))?;
-    let child = Command::new(binary("proxy-server")?).arg("run").arg("--config").arg(config).stdin(Stdio::null()).stderr(log).spawn()?;
+    let child = Command::new(binary("proxy-server")?)
+        .arg("run")
+        .arg("--config")
+        .arg(config)
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()?;
     Ok(Hop(child))
 }
 
@@ -171,7 +231,11 @@ pub(crate) fn wait_for_backend(dir: &Path) -> Result<String> {
 
 pub(crate) fn tool(args: &[&str]) -> Result<String> {
     let output = Command::new(binary("proxy-server")?).args(args).output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
@@ -189,13 +253,22 @@ fn agent(dir: &Path, backend: &str, port: u16) -> Result<Hop> {
     let state = dir.join("server");
     let state = state.to_str().context("a path in UTF-8")?;
     let token = tool(&["token", "create", "--state-dir", state])?;
-    let shown: serde_json::Value = serde_json::from_str(&tool(&["cert", "show", "--json", "--state-dir", state])?)?;
-    let pin = shown.get("pin").and_then(|pin| pin.as_str()).context("no pin")?;
+    let shown: serde_json::Value =
+        serde_json::from_str(&tool(&["cert", "show", "--json", "--state-dir", state])?)?;
+    let pin = shown
+        .get("pin")
+        .and_then(|pin| pin.as_str())
+        .context("no pin")?;
     let config = dir.join("edge-agent.yaml");
     let text = format!(
         "name: edge1\nstateDir: {d}/agent\nservers: ['{backend}']\njoin: {{token: {token}, caPin: '{pin}'}}\n\
          allow: [{{cidr: 127.0.0.1/32, ports: [{port}]}}]\nobserve: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0'}}\nlog: {{level: warn}}\n"
     );
     std::fs::write(&config, text)?;
-    Hop::start(Command::new(binary("edge-agent")?).arg("run").arg("--config").arg(config))
+    Hop::start(
+        Command::new(binary("edge-agent")?)
+            .arg("run")
+            .arg("--config")
+            .arg(config),
+    )
 }

@@ -68,9 +68,15 @@ async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>) {
     let service = service_fn(|request| async move { Ok::<_, Infallible>(answer(&request)) });
     // A stand-in has no log; whoever asked sees what went wrong.
     match tls {
-        None => http1::Builder::new().serve_connection(TokioIo::new(stream), service).await.ok(),
+        None => http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service)
+            .await
+            .ok(),
         Some(acceptor) => match acceptor.accept(stream).await {
-            Ok(stream) => http1::Builder::new().serve_connection(TokioIo::new(stream), service).await.ok(),
+            Ok(stream) => http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await
+                .ok(),
             Err(_) => None,
         },
     };
@@ -82,7 +88,12 @@ fn answer(request: &Request<Incoming>) -> Response<Full<Bytes>> {
         path if path.starts_with("/containerLogs/") => {
             "hello from a pod on edge1\nnobody can dial this node\n"
         }
-        _ => return Response::builder().status(404).body(Full::default()).unwrap_or_default(),
+        _ => {
+            return Response::builder()
+                .status(404)
+                .body(Full::default())
+                .unwrap_or_default();
+        }
     };
     Response::new(Full::from(text))
 }

@@ -39,8 +39,12 @@ struct Args {
 
 fn main() -> Exit {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let shown = runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(Box::pin(show(args))));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let shown = runtime
+        .map_err(Into::into)
+        .and_then(|runtime| runtime.block_on(Box::pin(show(args))));
     match shown {
         Ok(()) => Exit::Drained,
         Err(error) => {
@@ -59,35 +63,75 @@ async fn show(args: Args) -> Result<()> {
 
     let mut tasks = JoinSet::new();
     let edge = edge::start(&mut tasks).await?;
-    say("edge", &format!("a stand-in kubelet on 127.0.0.1:{} (TLS) and an exporter on 127.0.0.1:{}", edge.kubelet, edge.exporter));
+    say(
+        "edge",
+        &format!(
+            "a stand-in kubelet on 127.0.0.1:{} (TLS) and an exporter on 127.0.0.1:{}",
+            edge.kubelet, edge.exporter
+        ),
+    );
 
     let stop = CancellationToken::new();
     let server = server(&dir)?;
     let (backend, proxy) = addresses(&server)?;
     tasks.spawn(discard(server.run(stop.clone(), signals.immediate())));
-    say("cloud", &format!("proxy-server up: agents on {backend} (QUIC and enrolment), CONNECT on {}/connect.sock, scrapers on {proxy}", dir.display()));
+    say(
+        "cloud",
+        &format!(
+            "proxy-server up: agents on {backend} (QUIC and enrolment), CONNECT on {}/connect.sock, scrapers on {proxy}",
+            dir.display()
+        ),
+    );
 
     let began = Instant::now();
     let (status_at, agent) = agent(&dir, backend, &edge)?;
-    let stop_agent = edge_agent::Stop { shutdown: stop.clone(), immediate: signals.immediate() };
+    let stop_agent = edge_agent::Stop {
+        shutdown: stop.clone(),
+        immediate: signals.immediate(),
+    };
     tasks.spawn(discard(agent.run(stop_agent)));
-    tokio::time::timeout(PATIENCE, session(&status_at)).await.context("the agent has no session")??;
-    say("edge", &format!("edge-agent enrolled with a join token, then opened its session: {}", ms(began)));
+    tokio::time::timeout(PATIENCE, session(&status_at))
+        .await
+        .context("the agent has no session")??;
+    say(
+        "edge",
+        &format!(
+            "edge-agent enrolled with a join token, then opened its session: {}",
+            ms(began)
+        ),
+    );
 
     let began = Instant::now();
     let logs = requests::logs(&dir.join("connect.sock"), &edge).await?;
-    say("request", &format!("CONNECT edge1:{} and TLS to the kubelet through the tunnel: {}", edge.kubelet, ms(began)));
+    say(
+        "request",
+        &format!(
+            "CONNECT edge1:{} and TLS to the kubelet through the tunnel: {}",
+            edge.kubelet,
+            ms(began)
+        ),
+    );
     for line in logs.lines() {
         println!("            | {line}");
     }
     let began = Instant::now();
     let samples = requests::scrape(&dir, proxy, &edge).await?;
-    say("scrape", &format!("GET http://edge1:{}/metrics through the forward proxy: {}", edge.exporter, ms(began)));
+    say(
+        "scrape",
+        &format!(
+            "GET http://edge1:{}/metrics through the forward proxy: {}",
+            edge.exporter,
+            ms(began)
+        ),
+    );
     for line in samples.lines() {
         println!("            | {line}");
     }
     let refused = requests::refused(&dir.join("connect.sock"), "edge1:22").await?;
-    say("refusal", &format!("CONNECT edge1:22 is answered: {refused}"));
+    say(
+        "refusal",
+        &format!("CONNECT edge1:22 is answered: {refused}"),
+    );
     hints(&dir, proxy, &edge);
 
     if !args.once {
@@ -96,7 +140,9 @@ async fn show(args: Args) -> Result<()> {
     }
     stop.cancel();
     edge.stop.cancel();
-    tokio::time::timeout(PATIENCE, tasks.join_all()).await.context("something did not stop")?;
+    tokio::time::timeout(PATIENCE, tasks.join_all())
+        .await
+        .context("something did not stop")?;
     say("done", "both daemons drained and stopped");
     Ok(())
 }
@@ -129,13 +175,31 @@ fn server(dir: &Path) -> Result<Bound> {
     std::fs::write(&file, text)?;
     let overrides = Overrides::default();
     let config = proxy_server::config::load(&file, &overrides)?;
-    let source = Source { file: Some(file), overrides };
-    App::bind(config, Environment { source, log: LogHandle::detached(), reload: Reload::never() })
+    let source = Source {
+        file: Some(file),
+        overrides,
+    };
+    App::bind(
+        config,
+        Environment {
+            source,
+            log: LogHandle::detached(),
+            reload: Reload::never(),
+        },
+    )
 }
 
 fn addresses(server: &Bound) -> Result<(std::net::SocketAddr, std::net::SocketAddr)> {
-    let backend = server.backend.first().copied().context("no backend address")?;
-    let proxy = server.frontends.iter().find_map(Listen::tcp).context("no forward proxy")?;
+    let backend = server
+        .backend
+        .first()
+        .copied()
+        .context("no backend address")?;
+    let proxy = server
+        .frontends
+        .iter()
+        .find_map(Listen::tcp)
+        .context("no forward proxy")?;
     Ok((backend, proxy))
 }
 
@@ -146,9 +210,14 @@ fn agent(
 ) -> Result<(PathBuf, edge_agent::Bound)> {
     let state = dir.join("server");
     let now = Clock::system().now();
-    let new = NewToken { ttl: Duration::from_secs(600), uses: 1, agents: AgentPattern::any() };
+    let new = NewToken {
+        ttl: Duration::from_secs(600),
+        uses: 1,
+        agents: AgentPattern::any(),
+    };
     let token = Store::open(&state)?.create_token(&new, now)?.expose();
-    let issuer = certs::Issuer::load_or_create(&state.join("ca"), &certs::TrustDomain::default(), now)?;
+    let issuer =
+        certs::Issuer::load_or_create(&state.join("ca"), &certs::TrustDomain::default(), now)?;
     let name = Name::parse(edge::NODE)?;
     let text = format!(
         "name: {name}\nstateDir: {}/agent\nservers: ['{backend}']\njoin: {{token: {}, caPin: '{}'}}\n\
@@ -181,7 +250,17 @@ async fn session(socket: &Path) -> Result<()> {
 fn hints(dir: &Path, proxy: std::net::SocketAddr, edge: &edge::Edge) {
     let d = dir.display();
     println!("\nTry it:");
-    println!("  curl --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {} http://edge1:{}/metrics", requests::USER, edge.exporter);
-    println!("  curl --insecure --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {} https://edge1:{}/containerLogs/default/hello/app", requests::USER, edge.kubelet);
-    println!("  cargo run --quiet --profile quick -p proxy-server -- status --socket {d}/admin.sock");
+    println!(
+        "  curl --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {} http://edge1:{}/metrics",
+        requests::USER,
+        edge.exporter
+    );
+    println!(
+        "  curl --insecure --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {} https://edge1:{}/containerLogs/default/hello/app",
+        requests::USER,
+        edge.kubelet
+    );
+    println!(
+        "  cargo run --quiet --profile quick -p proxy-server -- status --socket {d}/admin.sock"
+    );
 }

@@ -28,7 +28,10 @@ pub(crate) async fn logs(socket: &Path, edge: &Edge) -> Result<String> {
     let (stream, line) = connect(socket, &format!("{NODE}:{}", edge.kubelet)).await?;
     ensure!(line.starts_with("HTTP/1.1 200"), "{line}");
     let connector = tls([edge.certificate.clone()])?;
-    let stream = connector.connect(ServerName::try_from(NODE)?, stream).await.context("TLS with the kubelet")?;
+    let stream = connector
+        .connect(ServerName::try_from(NODE)?, stream)
+        .await
+        .context("TLS with the kubelet")?;
     let request = Request::get("/containerLogs/default/hello/app").header("host", NODE);
     exchange(stream, request.body(Empty::new())?).await
 }
@@ -39,7 +42,10 @@ pub(crate) async fn scrape(dir: &Path, proxy: SocketAddr, edge: &Edge) -> Result
     #[expect(clippy::disallowed_methods, reason = "the scraper")]
     let stream = TcpStream::connect(proxy).await?;
     let name = ServerName::from(proxy.ip());
-    let stream = tls([ca])?.connect(name, stream).await.context("TLS with the proxy-server")?;
+    let stream = tls([ca])?
+        .connect(name, stream)
+        .await
+        .context("TLS with the proxy-server")?;
     let password = base64::engine::general_purpose::STANDARD.encode(USER);
     let request = Request::get(format!("http://{NODE}:{}/metrics", edge.exporter))
         .header("host", NODE)
@@ -62,7 +68,11 @@ async fn connect(socket: &Path, destination: &str) -> Result<(UnixStream, String
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.context("read the answer")?);
     }
-    let line = String::from_utf8_lossy(&head).lines().next().unwrap_or_default().to_owned();
+    let line = String::from_utf8_lossy(&head)
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     Ok((stream, line))
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quinn::VarInt;
 
-use super::session_error;
+use super::Ledger;
 use crate::Reason;
 use crate::transport::{Half, RecvHalf, SendHalf, Shared, StreamError};
 
@@ -17,6 +17,7 @@ const CONTROL_PRIORITY: i32 = 1;
 pub struct QuicSend {
     stream: quinn::SendStream,
     shared: Arc<Shared>,
+    ledger: Arc<Ledger>,
     finished: bool,
 }
 
@@ -25,6 +26,7 @@ pub struct QuicSend {
 pub struct QuicRecv {
     stream: quinn::RecvStream,
     shared: Arc<Shared>,
+    ledger: Arc<Ledger>,
     finished: bool,
 }
 
@@ -33,10 +35,11 @@ fn code(reason: Reason) -> VarInt {
 }
 
 impl QuicSend {
-    pub(super) fn new(stream: quinn::SendStream, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(stream: quinn::SendStream, shared: Arc<Shared>, ledger: Arc<Ledger>) -> Self {
         Self {
             stream,
             shared,
+            ledger,
             finished: false,
         }
     }
@@ -47,7 +50,9 @@ impl QuicSend {
                 let reason = self.shared.reset(Reason::from_code(stopped.into_inner()));
                 StreamError::Reset(reason)
             }
-            quinn::WriteError::ConnectionLost(lost) => StreamError::Session(session_error(lost)),
+            quinn::WriteError::ConnectionLost(lost) => {
+                StreamError::Session(self.ledger.error(lost))
+            }
             quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
                 StreamError::Reset(self.shared.reset(Reason::Cancelled))
             }
@@ -77,6 +82,10 @@ impl SendHalf for QuicSend {
         Ok(())
     }
 
+    async fn flushed(&mut self) {
+        self.stream.stopped().await.ok(); // over is as good as taken
+    }
+
     fn reset(&mut self, reason: Reason) {
         let first = self.shared.reset(reason);
         self.stream.reset(code(first)).ok(); // already closed is as good
@@ -97,10 +106,11 @@ impl Drop for QuicSend {
 }
 
 impl QuicRecv {
-    pub(super) fn new(stream: quinn::RecvStream, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(stream: quinn::RecvStream, shared: Arc<Shared>, ledger: Arc<Ledger>) -> Self {
         Self {
             stream,
             shared,
+            ledger,
             finished: false,
         }
     }
@@ -110,7 +120,7 @@ impl QuicRecv {
             quinn::ReadError::Reset(reset) => {
                 StreamError::Reset(self.shared.reset(Reason::from_code(reset.into_inner())))
             }
-            quinn::ReadError::ConnectionLost(lost) => StreamError::Session(session_error(lost)),
+            quinn::ReadError::ConnectionLost(lost) => StreamError::Session(self.ledger.error(lost)),
             quinn::ReadError::ClosedStream
             | quinn::ReadError::IllegalOrderedRead
             | quinn::ReadError::ZeroRttRejected => {

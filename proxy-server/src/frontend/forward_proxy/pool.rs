@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -144,20 +145,25 @@ impl tower_service::Service<Uri> for Connector {
             let opened = forwarder.open(request, std::future::pending()).await;
             let opened = opened.map_err(ConnectError)?;
             let (near, mut far) = tokio::io::duplex(BUFFER);
+            let cut = Arc::new(AtomicBool::new(false));
+            let tell = Arc::clone(&cut);
             tasks.spawn("relay", async move {
-                // A cut relay drops `far`: hyper sees the end and, within an answer, an error.
-                match opened.relay(&mut far, Bytes::new()).await {
-                    RelayEnd::Finished | RelayEnd::Cut(_) => {}
+                if let RelayEnd::Cut(_) = opened.relay(&mut far, Bytes::new()).await {
+                    tell.store(true, Ordering::Release);
                 }
             });
-            Ok(TokioIo::new(Tunnelled(near)))
+            Ok(TokioIo::new(Tunnelled { near, cut }))
         })
     }
 }
 
-/// The client's end of a stream.
+/// The client's end of a stream. One that was cut ends with an error: an answer that is delimited by the end of its
+/// connection must not look whole.
 #[derive(Debug)]
-struct Tunnelled(DuplexStream);
+struct Tunnelled {
+    near: DuplexStream,
+    cut: Arc<AtomicBool>,
+}
 
 impl Connection for Tunnelled {
     fn connected(&self) -> Connected {
@@ -171,7 +177,14 @@ impl AsyncRead for Tunnelled {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let this = self.get_mut();
+        let read = Pin::new(&mut this.near).poll_read(cx, buffer);
+        let ended = matches!(read, Poll::Ready(Ok(()))) && buffer.filled().len() == before;
+        if ended && this.cut.load(Ordering::Acquire) {
+            return Poll::Ready(Err(std::io::ErrorKind::ConnectionReset.into()));
+        }
+        read
     }
 }
 
@@ -181,14 +194,14 @@ impl AsyncWrite for Tunnelled {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.get_mut().0).poll_write(cx, bytes)
+        Pin::new(&mut self.get_mut().near).poll_write(cx, bytes)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_flush(cx)
+        Pin::new(&mut self.get_mut().near).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+        Pin::new(&mut self.get_mut().near).poll_shutdown(cx)
     }
 }
