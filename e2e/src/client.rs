@@ -188,6 +188,15 @@ impl Tunnel {
     }
 }
 
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        if !self.finished && matches!(self.io, Io::Tls(_)) {
+            // As kube-apiserver's TLS does when it closes. The other side may be gone already.
+            self.finish().ok();
+        }
+    }
+}
+
 impl Read for Tunnel {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match &mut self.io {

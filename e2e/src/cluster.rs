@@ -17,6 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use tempfile::TempDir;
 
+use crate::lab::binary;
 use crate::net::{Host, Net};
 
 pub mod content;
@@ -79,8 +80,8 @@ impl Cluster {
 
     fn start_in(dir: &Arc<TempDir>, logs: &Path) -> Result<Self> {
         let programs = Programs {
-            server: daemon("proxy-server")?,
-            agent: daemon("edge-agent")?,
+            server: binary("proxy-server")?,
+            agent: binary("edge-agent")?,
         };
         let tools = tools()?;
         let state = dir.path();
@@ -228,16 +229,6 @@ fn sweep() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A daemon of ours: in `CORVID_BIN_DIR`, or where the quick profile puts it.
-fn daemon(name: &str) -> Result<PathBuf> {
-    let quick = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/quick");
-    let dir = std::env::var_os("CORVID_BIN_DIR").map_or(quick, PathBuf::from);
-    let path = dir.join(name);
-    let hint = "build it with `cargo build --profile quick`, or name its folder in CORVID_BIN_DIR";
-    ensure!(path.exists(), "no {}: {hint}", path.display());
-    Ok(path)
 }
 
 /// Where `e2e/kubernetes/build.sh` puts the Kubernetes programs.

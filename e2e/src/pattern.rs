@@ -71,7 +71,11 @@ pub fn read(from: &mut impl Read, limit: u64) -> (Content, io::Result<()>) {
     (hash.finish(), end)
 }
 
-fn each_chunk(
+/// Hands over `bytes` bytes of `seed` piece by piece.
+///
+/// # Errors
+/// Those of `take`.
+pub fn each_chunk(
     bytes: u64,
     seed: u64,
     mut take: impl FnMut(&[u8]) -> io::Result<()>,

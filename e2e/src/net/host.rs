@@ -17,7 +17,7 @@ use crate::process;
 /// Programs that set up a host end in milliseconds; this only keeps a broken one from stopping a run.
 const PROGRAM_DEADLINE: Duration = Duration::from_secs(120);
 
-/// A handle to one host; the [`Net`] owns the namespace behind it.
+/// A handle to one host; the [`Net`](super::Net) owns the namespace behind it.
 #[derive(Clone, Debug)]
 pub struct Host {
     pub(super) name: Arc<str>,

@@ -130,6 +130,7 @@ fn ten_thousand_silent_connections_hurt_nobody_and_are_gone_after_the_header_tim
             *request < Duration::from_secs(15),
             "a request took {request:?}"
         );
+        let waiting = Instant::now();
         for mut tunnel in silent {
             let mut answer = Vec::new();
             // Whether it is told something before is the frontend's business; that it ends is the point.
@@ -137,6 +138,12 @@ fn ten_thousand_silent_connections_hurt_nobody_and_are_gone_after_the_header_tim
                 .read_to_end(&mut answer)
                 .context("a silent connection is still open")?;
         }
+        let gone = waiting.elapsed();
+        lab::measured(&format!("the last of them was gone after {gone:?}"));
+        ensure!(
+            gone < Duration::from_secs(15),
+            "the header time-out of 5 s took {gone:?}"
+        );
         ping(&mut echo, "and still there")?;
         drop(echo);
         descriptors.returned(&small, Duration::from_secs(20))

@@ -5,8 +5,10 @@
 
 mod content;
 mod harness;
+mod line;
 mod load;
 mod outage;
 mod refusal;
 mod restart;
 mod steps;
+mod streams;

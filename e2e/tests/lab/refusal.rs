@@ -32,7 +32,9 @@ fn every_refusal_says_which_node_and_why() {
         let small = lab.small_with(|_| {}, |config| config["timeouts"] = json!({"dial": "2s"}))?;
         // A port that swallows what is sent to it: a dial that hangs.
         lab.host("edge1")?.nft(
-            "table ip filter { chain swallow { type filter hook input priority filter; tcp dport 9100 drop; } }",
+            "table ip filter {
+                chain swallow { type filter hook input priority filter; tcp dport 9100 drop; }
+            }",
         )?;
         let descriptors = Descriptors::of(&small)?;
         for door in doors(&small.server)? {

@@ -9,7 +9,8 @@ use proto::Reason;
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::steps::{Watch, cut, doors, name_of};
+use crate::steps::{cut, doors, name_of};
+use crate::streams::Watch;
 
 /// Longest wait for an agent to come back by itself: its longest back-off and a busy machine.
 const BACK: Duration = Duration::from_mins(1);

