@@ -101,7 +101,7 @@ impl Lab {
     /// # Errors
     /// When it does not come up.
     pub fn kubelet(&self, name: &str) -> Result<Process> {
-        let process = Spawn::new(&format!("kubelet-{name}"), beside("kubelet")?)
+        let process = Spawn::new(&format!("kubelet-{name}"), binary("kubelet")?)
             .args(["--name", name])
             .host(&self.host(name)?)
             .start(self.dir())?;
@@ -130,11 +130,29 @@ pub fn scenario(run: impl FnOnce(&Lab) -> Result<()>) {
     if !net::may_run() {
         return;
     }
-    let ended = Lab::new()
-        .and_then(|lab| run(&lab).inspect_err(|_| eprintln!("{}", process::tails(lab.dir()))));
+    let ended = Lab::new().and_then(|lab| {
+        let ended = run(&lab).and_then(|()| no_panic(lab.dir()));
+        ended.inspect_err(|_| eprintln!("{}", process::tails(lab.dir())))
+    });
     if let Err(error) = ended {
         panic!("{error:#}");
     }
+}
+
+/// No process of a scenario has panicked: one that lives on may have left a test none the wiser.
+fn no_panic(logs: &Path) -> Result<()> {
+    for file in fs::read_dir(logs)?.flatten() {
+        if file
+            .path()
+            .extension()
+            .is_some_and(|extension| extension == "log")
+        {
+            let log = String::from_utf8_lossy(&fs::read(file.path())?).into_owned();
+            let line = log.lines().find(|line| line.contains("panicked at"));
+            ensure!(line.is_none(), "{}: {line:?}", file.path().display());
+        }
+    }
+    Ok(())
 }
 
 /// Shows what a scenario measured, also when it passes: libtest captures the macros only.
@@ -183,7 +201,7 @@ impl Lab {
     }
 }
 
-/// A daemon's binary: in `CORVID_BIN_DIR`, by default `target/quick` of the workspace.
+/// One of the workspace's binaries: in `CORVID_BIN_DIR`, by default `target/quick`, whatever profile the test has.
 ///
 /// # Errors
 /// When it is not there.
@@ -199,18 +217,4 @@ pub fn binary(name: &str) -> Result<PathBuf> {
         folder.display()
     );
     Ok(path)
-}
-
-/// A program of this crate, which cargo puts beside the running one, or one folder up from a test.
-fn beside(name: &str) -> Result<PathBuf> {
-    let own = std::env::current_exe()?;
-    let found = own
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|folder| folder.join(name));
-    let mut found = found.filter(|path| path.is_file());
-    found
-        .next()
-        .ok_or_else(|| anyhow!("no {name} near {}", own.display()))
 }

@@ -78,7 +78,7 @@ impl Transport for Quic {
         };
         let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).unwrap();
-        let listener = Endpoint::listen(local, Arc::new(server), tuning).unwrap();
+        let listener = Endpoint::listen(local, Arc::new(server), tuning, &[7; 32]).unwrap();
         let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).unwrap();
         let address = listener.local_address().unwrap();
         let dial = Endpoint::dial(address, "test", Arc::new(client), tuning);

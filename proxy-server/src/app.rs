@@ -5,6 +5,7 @@ mod http;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -145,6 +146,7 @@ impl App {
         });
         let tls =
             tunnel_server_quic(&authority.own, &authority.revoked).context("TLS of the tunnel")?;
+        let secret = quic_secret(&config.state_dir)?;
         let pauses = daemon_metrics.accept_pauses();
         let options = |max_connections| BindOptions {
             max_connections,
@@ -156,7 +158,7 @@ impl App {
             endpoints.push(bind_backend(
                 *address,
                 || options(MAX_ENROLMENTS),
-                |address| Endpoint::listen(address, Arc::clone(&tls), tuning),
+                |address| Endpoint::listen(address, Arc::clone(&tls), tuning, &secret),
             )?);
         }
         let streams = Tasks::new();
@@ -218,6 +220,25 @@ impl App {
             stop_enrolment,
         })
     }
+}
+
+/// The secret by which a later process knows sessions of this one; made at the first start. A state directory that can't
+/// keep it costs fast recovery after a crash and nothing else.
+fn quic_secret(state_dir: &Path) -> anyhow::Result<[u8; 32]> {
+    let file = state_dir.join("quic.key");
+    match std::fs::read(&file) {
+        Ok(bytes) => match <[u8; 32]>::try_from(bytes) {
+            Ok(secret) => return Ok(secret),
+            Err(_other) => anyhow::bail!("{} does not hold 32 bytes; remove it", file.display()),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
+    }
+    let secret: [u8; 32] = rand::random();
+    if let Err(error) = certs::write_atomic(&file, &secret, certs::MODE_SECRET) {
+        tracing::warn!(error = %daemon::chain(&error), "could not keep the QUIC secret");
+    }
+    Ok(secret)
 }
 
 /// TCP and UDP on one port; a port that was left open is chosen so that it is free for both.

@@ -32,6 +32,7 @@ impl Agent {
             "stateDir": dir.join(name),
             "servers": [SERVER],
             "join": {"tokenFile": token, "caPin": server.pin()?},
+            "drain": {"grace": "3s"},
             "observe": {"listen": "0.0.0.0:9441"},
             "admin": {"listen": "127.0.0.1:9443"},
             "log": {"level": "debug"},

@@ -30,7 +30,7 @@ fn an_exec_like_echo_answers_every_line() {
             ensure!(rest.bytes == 0, "more came back than was sent: {rest}");
             orderly(&end)?;
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 
@@ -101,7 +101,7 @@ fn one_gib_goes_up_and_comes_down_whole_at_the_same_time() {
                 process.cpu()?
             ));
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 
@@ -141,7 +141,7 @@ fn half_close_reaches_the_kubelet() {
             ensure!(rest.bytes == 0, "more came: {rest}");
             orderly(&end)?;
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 
@@ -161,7 +161,7 @@ fn half_close_of_the_kubelet_leaves_the_way_up_open() {
             let report = format!("end-first: {}", pattern::expected(3 * MIB, seed));
             small.kubelet.wait_for_line(&report, SOON)?;
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 
@@ -178,7 +178,7 @@ fn a_reset_of_the_kubelet_is_seen_as_a_cut_and_not_as_an_end() {
                 cut(&end).with_context(|| format!("after {after} bytes"))?;
             }
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 
@@ -199,7 +199,7 @@ fn a_requester_that_goes_away_frees_the_kubelet() {
                 .kubelet
                 .wait_for_line(&format!("{behaviour}: error"), SOON)?;
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 

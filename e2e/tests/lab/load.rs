@@ -67,7 +67,7 @@ fn stopped_readers_do_not_slow_one_that_reads() {
             "server {server}, agent {agent} bytes"
         );
         drop(stopped);
-        descriptors.returned(&small, Duration::from_secs(30))
+        descriptors.returned(Duration::from_secs(30))
     });
 }
 
@@ -146,6 +146,6 @@ fn ten_thousand_silent_connections_hurt_nobody_and_are_gone_after_the_header_tim
         );
         ping(&mut echo, "and still there")?;
         drop(echo);
-        descriptors.returned(&small, Duration::from_secs(20))
+        descriptors.returned(Duration::from_secs(20))
     });
 }

@@ -14,14 +14,14 @@ use proto::Reason;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::steps::{EVERY, LINE, MIB, NEAR, cut, lay, name_of, on_a_line, ping};
+use crate::steps::{Descriptors, EVERY, LINE, MIB, NEAR, cut, lay, name_of, on_a_line, ping};
 use crate::streams::{Watch, after, download, joined, upload};
 
 /// An edge on a line of its own.
 struct Site {
     name: &'static str,
     link: Link,
-    _agent: Agent,
+    agent: Agent,
     _kubelet: Process,
 }
 
@@ -29,11 +29,11 @@ impl Site {
     fn start(lab: &Lab, server: &Server, name: &'static str, near: &str) -> Result<Self> {
         let link = lay(lab, near)?;
         let _kubelet = lab.kubelet(name)?;
-        let _agent = lab.agent(server, name, |config| config["servers"] = json!([near]))?;
+        let agent = lab.agent(server, name, |config| config["servers"] = json!([near]))?;
         Ok(Self {
             name,
             link,
-            _agent,
+            agent,
             _kubelet,
         })
     }
@@ -58,6 +58,8 @@ fn survives_a_cut_of(span: Duration, recovery: Duration) {
             sites.iter().map(of).collect()
         };
         let before = sessions()?;
+        let agents = sites.map(|site| (site.name, &site.agent));
+        let descriptors = Descriptors::of_all(&server, &agents)?;
         let mut echo = door.open(&quiet.kubelet(), Behaviour::Echo)?;
         echo.patience(patience)?;
         ping(&mut echo, "before")?;
@@ -101,7 +103,8 @@ fn survives_a_cut_of(span: Duration, recovery: Duration) {
             );
         }
         ensure!(sessions()? == before, "a session is another");
-        Ok(())
+        drop(echo);
+        descriptors.returned(Duration::from_secs(30))
     });
 }
 

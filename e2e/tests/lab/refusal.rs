@@ -63,7 +63,7 @@ fn every_refusal_says_which_node_and_why() {
             );
             ensure!(name_of(&door, "edge1")? == "edge1", "others are harmed");
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }
 
@@ -105,6 +105,6 @@ fn a_request_that_is_not_connect_is_refused() {
             }
             ensure!(name_of(&door, "edge1")? == "edge1");
         }
-        descriptors.returned(&small, SOON)
+        descriptors.returned(SOON)
     });
 }

@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use e2e::client::{Door, End, Tunnel};
 use e2e::kubelet::Behaviour;
-use e2e::lab::{Lab, SERVER, Server, Small};
+use e2e::lab::{Agent, Lab, SERVER, Server, Small};
 use e2e::link::{Link, Weather};
+use e2e::process::Process;
 use e2e::{pattern, wait};
 use serde_json::{Value, json};
 
@@ -71,40 +72,43 @@ pub(crate) fn cut(end: &End) -> Result<()> {
     Ok(())
 }
 
-/// The open descriptors of both daemons after a first request, to see at the end that none was kept.
-pub(crate) struct Descriptors {
-    server: usize,
-    agent: usize,
-}
+/// The open descriptors of daemons after a first request to each agent, to see at the end that none was kept.
+pub(crate) struct Descriptors<'a>(Vec<(&'a Process, usize)>);
 
-impl Descriptors {
-    /// Counts them.
-    pub(crate) fn of(small: &Small) -> Result<Self> {
-        name_of(&small.server.door(), "edge1")?;
-        let idle = Duration::from_secs(10);
-        let server = wait::poll(idle, "no stream is left", || {
-            let sessions = small.server.sessions()?;
+impl<'a> Descriptors<'a> {
+    /// Counts those of the small lab.
+    pub(crate) fn of(small: &'a Small) -> Result<Self> {
+        Self::of_all(&small.server, &[("edge1", &small.agent)])
+    }
+
+    /// Counts those of a server and of agents, each with a stand-in kubelet.
+    pub(crate) fn of_all(server: &'a Server, agents: &[(&str, &'a Agent)]) -> Result<Self> {
+        for (node, _) in agents {
+            name_of(&server.door(), node)?;
+        }
+        wait::poll(Duration::from_secs(10), "no stream is left", || {
+            let sessions = server.sessions()?;
             ensure!(
                 sessions.iter().all(|session| session.streams == 0),
                 "{sessions:?}"
             );
-            small.server.process().fds()
+            Ok(())
         })?;
-        Ok(Self {
-            server,
-            agent: small.agent.process().fds()?,
-        })
+        let agents = agents.iter().map(|(_, agent)| agent.process());
+        let count = |process: &'a Process| Ok((process, process.fds()?));
+        agents
+            .chain([server.process()])
+            .map(count)
+            .collect::<Result<_>>()
+            .map(Self)
     }
 
     /// Waits until there are no more than before.
-    pub(crate) fn returned(&self, small: &Small, within: Duration) -> Result<()> {
-        for (process, before) in [
-            (small.server.process(), self.server),
-            (small.agent.process(), self.agent),
-        ] {
+    pub(crate) fn returned(&self, within: Duration) -> Result<()> {
+        for (process, before) in &self.0 {
             let what = format!("{} has {before} descriptors again", process.name());
             wait::poll(within, &what, || match process.fds() {
-                Ok(count) if count <= before => Ok(()),
+                Ok(count) if count <= *before => Ok(()),
                 other => Err(other),
             })?;
         }

@@ -126,7 +126,7 @@ impl Server {
         }
         let tls = certs::tunnel_server_quic(&own, &revoked).unwrap();
         let tuning = Tuning::server(1 << 20, Duration::from_secs(120));
-        let endpoint = Endpoint::listen(address, tls, tuning).unwrap();
+        let endpoint = Endpoint::listen(address, tls, tuning, &[7; 32]).unwrap();
         let address = endpoint.local_address().unwrap();
         let (send, sessions) = mpsc::channel(64);
         tasks.spawn(

@@ -5,8 +5,10 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::{IdleTimeout, TokioRuntime, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::QuicSession;
@@ -132,6 +134,21 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
+/// Connection ids and reset tokens that a later process of the same server recognises as its own.
+fn endpoint_config(secret: &[u8; 32]) -> quinn::EndpointConfig {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    // A key of its own for the ids, which every observer sees parts of.
+    let ids = hmac::sign(&key, b"corvid connection ids");
+    let seed = ids
+        .as_ref()
+        .iter()
+        .take(8)
+        .fold(0_u64, |n, b| n << 8 | u64::from(*b));
+    let mut config = quinn::EndpointConfig::new(Arc::new(key));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
+    config
+}
+
 /// Binds a new local port of the same family.
 pub(super) fn rebind(endpoint: &quinn::Endpoint) -> io::Result<()> {
     let any = SocketAddr::new(endpoint.local_addr()?.ip(), 0);
@@ -146,7 +163,9 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens. `tls` decides who is let in.
+    /// Listens. `tls` decides who is let in. `secret` is the same at each start of this server: packets of sessions that
+    /// an earlier process had are then answered with a stateless reset (RFC 9000 section 10.3), and their agents come
+    /// back at once in place of waiting out the idle time-out.
     ///
     /// # Errors
     /// When the socket can't be bound or `tls` has no TLS 1.3.
@@ -154,13 +173,14 @@ impl Endpoint {
         address: SocketAddr,
         tls: Arc<quinn::crypto::rustls::QuicServerConfig>,
         tuning: Tuning,
+        secret: &[u8; 32],
     ) -> Result<Self, QuicError> {
         let mut config = quinn::ServerConfig::with_crypto(tls);
         config.transport_config(Arc::new(tuning.transport()));
         let bind = |source| QuicError::Bind { address, source };
         let socket = socket(address).map_err(bind)?;
         let inner = quinn::Endpoint::new(
-            quinn::EndpointConfig::default(),
+            endpoint_config(secret),
             Some(config),
             socket,
             Arc::new(TokioRuntime),
