@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -156,7 +156,8 @@ fn sweep() -> Result<()> {
         let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else {
             continue;
         };
-        if !PathBuf::from(format!("/proc/{pid}")).exists() {
+        // A zombie has no program any more: some containers have no init that would reap it.
+        if fs::read_link(format!("/proc/{pid}/exe")).is_err() {
             let removed = ip(&["netns", "del", &name]);
             // Another run may sweep at the same time.
             if Path::new(NAMES).join(&name).exists() {

@@ -23,7 +23,7 @@ fn survives(small: &Small, change: impl FnOnce() -> Result<()>) -> Result<()> {
     let before = small.server.wait_session("edge1", lab::START)?;
     let lines = 10_000 / EVERY;
     let trickle = Watch::open(&door, lines, EVERY, patience)?;
-    let bulk = download(&door, 512 * MIB, patience)?;
+    let bulk = download(&door, 128 * MIB, patience)?;
     change()?;
     let changed = Instant::now();
     let times = trickle.whole(lines)?;
