@@ -1,6 +1,6 @@
 //! The seam between the tunnel and what carries it: [`Session`], [`SendHalf`], [`RecvHalf`].
 //!
-//! Rules that every transport keeps, and that `tests/conformance.rs` holds each of them to:
+//! Rules that every transport keeps, and that `tests/conformance` holds each of them to:
 //! * bytes of a stream arrive in order and unchanged; each half closes on its own by FIN ([`SendHalf::finish`]);
 //! * a reset is of the whole stream, both ways, and carries a [`Reason`];
 //! * a half dropped before its end is a reset with [`Reason::Cancelled`]: a crash must not look like a clean end;

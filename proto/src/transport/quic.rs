@@ -5,6 +5,7 @@
 
 mod endpoint;
 mod half;
+mod headroom;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -178,6 +179,7 @@ impl Session for QuicSession {
 
     fn close(&self, reason: Reason) {
         self.ledger.closed.set(reason).ok(); // the first close counts
+        headroom::for_close(&self.connection);
         self.connection
             .close(reason.code().into(), reason.label().as_bytes());
     }
@@ -190,6 +192,7 @@ impl Session for QuicSession {
         let Some(endpoint) = &self.endpoint else {
             return;
         };
+        headroom::for_probe(&self.connection);
         // A new local port makes quinn send a probe at once; the old port's mapping in a NAT may be what is broken.
         if let Err(error) = endpoint::rebind(endpoint) {
             tracing::debug!(%error, "could not bind a new local port");

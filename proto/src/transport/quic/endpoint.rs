@@ -12,6 +12,7 @@ use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::QuicSession;
+use super::headroom::HeadroomFactory;
 use crate::transport::{SessionError, quic};
 
 /// Asked of the kernel for each UDP socket: the default of 208 KiB loses packets in bursts.
@@ -68,10 +69,12 @@ impl Tuning {
             .send_window(SEND_WINDOW)
             .datagram_receive_buffer_size(None);
         match self.congestion {
-            Congestion::Cubic => {
-                config.congestion_controller_factory(Arc::new(CubicConfig::default()))
-            }
-            Congestion::Bbr => config.congestion_controller_factory(Arc::new(BbrConfig::default())),
+            Congestion::Cubic => config.congestion_controller_factory(Arc::new(HeadroomFactory(
+                Arc::<CubicConfig>::default(),
+            ))),
+            Congestion::Bbr => config.congestion_controller_factory(Arc::new(HeadroomFactory(
+                Arc::<BbrConfig>::default(),
+            ))),
         };
         config
     }

@@ -7,6 +7,8 @@
     reason = "a test fails by panicking"
 )]
 
+mod line;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +17,7 @@ use bytes::Bytes;
 use proto::Reason;
 use proto::control::{Control, ControlError, GoAway, Liveness};
 use proto::transport::keepalive::Keepalive;
-use proto::transport::quic::{Congestion, Endpoint, QuicSession, Tuning};
+use proto::transport::quic::{Congestion, Endpoint, QuicError, QuicSession, Tuning};
 use proto::transport::{RecvHalf, SendHalf, Session, SessionError, StreamError, memory};
 use proto::wire::{Limits, Offer, ServerOffer};
 use rustls_pki_types::PrivatePkcs8KeyDer;
@@ -47,11 +49,15 @@ impl Transport for Memory {
 
 struct Quic;
 
-impl Transport for Quic {
-    type Session = QuicSession;
-    type Keep = Endpoint;
-
-    async fn pair(idle: Duration) -> (QuicSession, QuicSession, Endpoint) {
+impl Quic {
+    /// A listener, and what dials it.
+    fn ends(
+        idle: Duration,
+        stream_window: u32,
+    ) -> (
+        Endpoint,
+        impl AsyncFnOnce(SocketAddr) -> Result<QuicSession, QuicError>,
+    ) {
         let signed = rcgen::generate_simple_self_signed(["test".to_owned()]).unwrap();
         let key = PrivatePkcs8KeyDer::from(signed.signing_key.serialize_der()).into();
         let chain = vec![signed.cert.der().clone()];
@@ -71,7 +77,7 @@ impl Transport for Quic {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let tuning = Tuning {
-            stream_window: WINDOW,
+            stream_window,
             max_streams: STREAMS,
             idle_timeout: idle,
             congestion: Congestion::Cubic,
@@ -80,10 +86,21 @@ impl Transport for Quic {
         let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).unwrap();
         let listener = Endpoint::listen(local, Arc::new(server), tuning, &[7; 32]).unwrap();
         let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).unwrap();
+        let dial =
+            async move |address| Endpoint::dial(address, "test", Arc::new(client), tuning).await;
+        (listener, dial)
+    }
+}
+
+impl Transport for Quic {
+    type Session = QuicSession;
+    type Keep = Endpoint;
+
+    async fn pair(idle: Duration) -> (QuicSession, QuicSession, Endpoint) {
+        let (listener, dial) = Self::ends(idle, WINDOW);
         let address = listener.local_address().unwrap();
-        let dial = Endpoint::dial(address, "test", Arc::new(client), tuning);
         let accept = async { listener.accept().await.unwrap().handshake().await.unwrap() };
-        let (accepted, dialled) = tokio::join!(accept, dial);
+        let (accepted, dialled) = tokio::join!(accept, dial(address));
         (accepted, dialled.unwrap(), listener)
     }
 }
