@@ -7,6 +7,7 @@
 //! It must not end the process: whoever awaits [`Tasks::failed`] decides.
 
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -80,6 +81,7 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
+        let task = Box::pin(task);
         let guarded = async move {
             shared.run(name, task).await;
         };
@@ -93,6 +95,7 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
+        let task = Box::pin(task);
         let guarded = async move {
             shared.run(name, task).await;
             if !shared.stop.is_cancelled() {
@@ -183,8 +186,9 @@ impl Tasks {
 }
 
 impl Shared {
-    /// Drives `task` to its end, the drain's cut or its panic, whichever is first.
-    async fn run<F: Future<Output = ()>>(&self, name: &'static str, task: F) {
+    /// Drives `task` to its end, the drain's cut or its panic, whichever is first. Boxed, as each layer of futures around
+    /// one that was moved in would take its size once more.
+    async fn run(&self, name: &'static str, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
         let cuttable = async {
             tokio::select! {
                 biased;

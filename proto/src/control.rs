@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -28,7 +29,8 @@ use crate::{AgentName, Reason, ServerName, SessionId};
 
 /// Each end's limit for the whole handshake. Ten round trips of the worst satellite line.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Frames waiting to be written. GoAways are few, and an ack that finds no room is not needed: others are on their way.
+/// Frames waiting to be written, encoded, as a session's queue takes memory for many of them. GoAways are few, and an ack
+/// that finds no room is not needed: others are on their way.
 const OUTGOING: usize = 8;
 
 /// Why a session did not come about.
@@ -157,19 +159,21 @@ impl Liveness {
 
 /// Sends frames on a running control stream. Clones are handles to the same one.
 #[derive(Debug, Clone)]
-pub struct ControlHandle(mpsc::Sender<pb::ControlFrame>);
+pub struct ControlHandle(mpsc::Sender<Bytes>);
 
 impl ControlHandle {
     /// Tells the other end to go. Says whether there was room; a control stream so stuck that there is none ends
     /// by its idle time-out anyway.
     pub fn go_away(&self, away: GoAway) -> bool {
-        self.0.try_send(away.into()).is_ok()
+        self.0
+            .try_send(encode(&pb::ControlFrame::from(away)))
+            .is_ok()
     }
 
     /// Asks for a sign of life now; [`Liveness`] shows whether it came.
     pub fn probe(&self) {
         let probe = frame(Body::Keepalive(pb::Keepalive { sequence: 0 }));
-        self.0.try_send(probe).ok(); // full: see OUTGOING
+        self.0.try_send(encode(&probe)).ok(); // full: see OUTGOING
     }
 }
 
@@ -179,8 +183,8 @@ pub struct Control<S: Session> {
     session: S,
     send: S::Send,
     reader: FrameReader<S::Recv>,
-    handle: mpsc::Sender<pb::ControlFrame>,
-    outgoing: mpsc::Receiver<pb::ControlFrame>,
+    handle: mpsc::Sender<Bytes>,
+    outgoing: mpsc::Receiver<Bytes>,
 }
 
 impl<S: Session> Control<S> {
@@ -350,7 +354,7 @@ async fn within_handshake<S: Session, T>(
 async fn read_frames<R: crate::transport::RecvHalf>(
     reader: &mut FrameReader<R>,
     liveness: &Liveness,
-    outgoing: &mpsc::Sender<pb::ControlFrame>,
+    outgoing: &mpsc::Sender<Bytes>,
     mut on_go_away: impl FnMut(GoAway),
 ) -> Reason {
     loop {
@@ -364,7 +368,7 @@ async fn read_frames<R: crate::transport::RecvHalf>(
         match frame.body {
             Some(Body::Keepalive(pb::Keepalive { sequence })) => {
                 let ack = self::frame(Body::KeepaliveAck(pb::KeepaliveAck { sequence }));
-                outgoing.try_send(ack).ok(); // full: see OUTGOING
+                outgoing.try_send(encode(&ack)).ok(); // full: see OUTGOING
             }
             Some(Body::GoAway(away)) => on_go_away(away.into()),
             // A body of a later version is a sign of life and nothing more.
@@ -377,7 +381,7 @@ async fn read_frames<R: crate::transport::RecvHalf>(
 async fn write_frames<S: SendHalf>(
     send: &mut S,
     keepalive: Keepalive,
-    outgoing: &mut mpsc::Receiver<pb::ControlFrame>,
+    outgoing: &mut mpsc::Receiver<Bytes>,
 ) -> Reason {
     let mut sequence = 0;
     let mut due = Instant::now() + keepalive.next(rand::random());
@@ -388,10 +392,10 @@ async fn write_frames<S: SendHalf>(
             () = tokio::time::sleep_until(due) => {
                 due = Instant::now() + keepalive.next(rand::random());
                 sequence += 1;
-                frame(Body::Keepalive(pb::Keepalive { sequence }))
+                encode(&frame(Body::Keepalive(pb::Keepalive { sequence })))
             }
         };
-        if let Err(error) = send.write_chunk(encode(&next)).await {
+        if let Err(error) = send.write_chunk(next).await {
             return error.reason();
         }
     }
