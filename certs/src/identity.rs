@@ -122,6 +122,13 @@ impl Name {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it reads as the name of a Kubernetes Service (`web.shop.svc`, with or without the cluster's domain). An
+    /// agent of that name would be given what is meant for the Service.
+    #[must_use]
+    pub fn is_of_service(&self) -> bool {
+        self.0.split('.').skip(2).any(|label| label == "svc")
+    }
 }
 
 impl TrustDomain {

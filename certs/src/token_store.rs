@@ -295,7 +295,7 @@ impl Store {
             if entry.expires <= now.as_secs() {
                 return Err(RedeemError::Expired);
             }
-            if !entry.agents.matches(agent) {
+            if !entry.agents.matches(agent) || agent.is_of_service() {
                 return Err(RedeemError::NameNotAllowed);
             }
             if revoked {

@@ -270,7 +270,7 @@ impl Enrolment {
                         attempt = attempt.saturating_add(1);
                         self.metrics
                             .renewals
-                            .get_or_create(&ResultLabel::FAILED)
+                            .get_or_create(&ResultLabel::ERROR)
                             .inc();
                         let left = own.credential.not_after().as_secs();
                         let left = left.saturating_sub(own.clock.now().as_secs());
@@ -285,10 +285,7 @@ impl Enrolment {
                     }
                 }
             };
-            self.metrics
-                .renewals
-                .get_or_create(&ResultLabel::DONE)
-                .inc();
+            self.metrics.renewals.get_or_create(&ResultLabel::OK).inc();
             self.expiry.set(&enrolled.credential);
             own.bundle.replace(enrolled.bundle);
             own.credential.replace(enrolled.credential);

@@ -61,8 +61,8 @@ pub(crate) struct ResultLabel {
 }
 
 impl ResultLabel {
-    pub(crate) const DONE: Self = Self { result: "done" };
-    pub(crate) const FAILED: Self = Self { result: "failed" };
+    pub(crate) const OK: Self = Self { result: "ok" };
+    pub(crate) const ERROR: Self = Self { result: "error" };
 }
 
 /// What is counted as it happens. Clones share the counts.
@@ -122,7 +122,11 @@ impl AgentMetrics {
             Unit::Seconds,
             self.dial_seconds.clone(),
         );
-        registry.register("reloads", "Reloads, by result", self.reloads.clone());
+        registry.register(
+            "config_reloads",
+            "Reloads of configuration or certificates, by result",
+            self.reloads.clone(),
+        );
         registry.register(
             "renewals",
             "Certificate renewals, by result",

@@ -49,12 +49,12 @@ impl Reloading {
             match config::load(&self.source.file, &self.source.overrides) {
                 Ok(new) => {
                     self.apply(new).await;
-                    self.metrics.reloads.get_or_create(&ResultLabel::DONE).inc();
+                    self.metrics.reloads.get_or_create(&ResultLabel::OK).inc();
                 }
                 Err(error) => {
                     self.metrics
                         .reloads
-                        .get_or_create(&ResultLabel::FAILED)
+                        .get_or_create(&ResultLabel::ERROR)
                         .inc();
                     tracing::error!(error = %chain(&error), "configuration refused, the old one stays");
                 }
@@ -108,11 +108,11 @@ impl Operators {
             let result = match self.enrolment.read(&files) {
                 Ok((credential, bundle)) => {
                     self.apply(credential, bundle);
-                    ResultLabel::DONE
+                    ResultLabel::OK
                 }
                 Err(error) => {
                     tracing::error!(error = %chain(&error), "credential refused, the old one stays");
-                    ResultLabel::FAILED
+                    ResultLabel::ERROR
                 }
             };
             self.metrics.reloads.get_or_create(&result).inc();

@@ -53,11 +53,12 @@ pub(crate) struct Serving {
 /// Why a stream did not come to its relay: the reason and the words for whoever asked.
 type Refusal = (Reason, String);
 
-/// Serves one stream to its end.
+/// Serves one stream to its end. `lost` resolves a while after its session is over.
 pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
     serving: Arc<Serving>,
     session: Option<Arc<Live>>,
     (mut send, recv): (S, R),
+    lost: impl Future<Output = Reason> + Send,
 ) {
     let mut record = Record::new(serving.metrics.clone(), session);
     let mut reader = FrameReader::new(recv);
@@ -107,6 +108,7 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
                 (&mut send, &mut recv),
                 &mut stream,
                 early.freeze(),
+                lost,
             )
             .await;
             if let RelayEnd::Cut(_) = end {
@@ -206,6 +208,7 @@ async fn run<S: SendHalf, R: RecvHalf>(
     tunnel: (&mut S, &mut R),
     stream: &mut TcpStream,
     early: Bytes,
+    lost: impl Future<Output = Reason> + Send,
 ) -> RelayEnd {
     let settings = Relay {
         local: Local::Destination,
@@ -218,8 +221,10 @@ async fn run<S: SendHalf, R: RecvHalf>(
         from_local: Bytes::new(),
     };
     let stop = async {
-        serving.cut.cancelled().await;
-        Reason::Draining
+        tokio::select! {
+            () = serving.cut.cancelled() => Reason::Draining,
+            reason = lost => reason,
+        }
     };
     relay(&settings, tunnel, stream, early, stop).await
 }

@@ -19,7 +19,7 @@ use proto::transport::keepalive::{Keepalive, Verdict};
 use proto::transport::quic::{QuicSession, Tuning};
 use proto::transport::{Session, SessionError, SessionStats};
 use proto::wire::{Accepted, Offer};
-use proto::{Reason, ServerName};
+use proto::{Reason, ServerName, session_over};
 pub(crate) use terms::{offer, tuning};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -120,10 +120,11 @@ async fn accept(terms: &Arc<Terms>, live: &Arc<Live>) -> std::convert::Infallibl
             std::future::pending().await
         };
         let open = OpenStream::new(live);
-        let serving = serve(Arc::clone(&terms.serving), Some(Arc::clone(live)), halves);
+        let serving = Arc::clone(&terms.serving);
         terms.streams.spawn("stream", async move {
-            let _open = open;
-            serving.await;
+            let live = &open.0;
+            let lost = session_over(&live.session);
+            serve(serving, Some(Arc::clone(live)), halves, lost).await;
         });
     }
 }

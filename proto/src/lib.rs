@@ -20,4 +20,4 @@ pub use budget::{Budget, Stopped};
 pub use error::{Fault, Reason};
 pub use framed::{FrameReader, ReadFrameError, read_frame_within};
 pub use id::{AgentName, Destination, Host, IdError, ServerName, SessionId};
-pub use relay::{Counters, Early, Local, Relay, RelayEnd, relay};
+pub use relay::{Counters, Early, Local, Relay, RelayEnd, relay, session_over};

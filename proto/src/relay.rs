@@ -19,7 +19,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep_until};
 
-use crate::transport::{READ_CHUNKS, RecvHalf, SendHalf};
+use crate::transport::{READ_CHUNKS, RecvHalf, SendHalf, Session};
 use crate::{Budget, Reason, Stopped};
 
 /// First read buffer of a stream: most streams move little.
@@ -27,6 +27,8 @@ const SMALL_READ: usize = 4 << 10;
 /// Largest read buffer; larger ones only cost cache (docs/performance.md).
 const LARGE_READ: usize = 64 << 10;
 
+/// For the local side to take what came before its session was lost.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// For the other end to take the last bytes, once both ways are finished.
 const FLUSH: Duration = Duration::from_secs(30);
 
@@ -140,6 +142,14 @@ pub async fn relay<S: SendHalf, R: RecvHalf, I: AsyncRead + AsyncWrite + Unpin +
             RelayEnd::Cut(reason)
         }
     }
+}
+
+/// For `stop`: resolves a while after the session is over. A relay that waits for its local side would not notice; what
+/// was already received is still handed over meanwhile.
+pub async fn session_over(session: &impl Session) -> Reason {
+    let error = session.closed().await;
+    tokio::time::sleep(LAST_WORDS).await;
+    error.reason()
 }
 
 /// Bytes that came together with the header or request.

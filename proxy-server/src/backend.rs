@@ -5,7 +5,7 @@
 //! | too many handshakes at once | Retry, then refused |
 //! | TLS: no, foreign, expired, revoked or wrong-role certificate | refused in the handshake, counted, logged once |
 //! | no hello in time, garbage, another name | told with a GoAway where the peer can read, closed, counted, logged once |
-//! | more sessions a second than the limit | GoAway with `retry_after` |
+//! | more sessions a second than the limit, or too many of one agent | GoAway with `retry_after` |
 //! | silence for the idle time-out | closed; its streams end with `session_lost` |
 //! | the leaf is over by an hour | closed with `certificate_expired` |
 
@@ -25,7 +25,6 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::limits::Knock;
-use crate::metrics::ReasonLabels;
 use crate::registry::{LiveSession, Lost};
 use crate::serve::Forwarder;
 
@@ -75,7 +74,8 @@ impl Backend {
             };
             let backend = Arc::clone(&self);
             self.tasks.spawn("session", async move {
-                let arrived = backend.arrive(incoming).await;
+                // Boxed, so that a session does not keep what only its handshake needs.
+                let arrived = Box::pin(backend.arrive(incoming)).await;
                 drop(permit);
                 if let Some((session, control)) = arrived {
                     backend.live(session, control).await;
@@ -158,7 +158,7 @@ impl Backend {
                 .await;
             return Err(ControlError::Session(SessionError::Local(Reason::Draining)));
         }
-        if let Err(wait) = self.forwarder.limits.admit() {
+        if let Err(wait) = self.forwarder.limits.admit(agent) {
             let retry_after = wait + SPREAD.mul_f64(rand::random());
             let detail = "too many agents at once".to_owned();
             control
@@ -215,12 +215,7 @@ impl Backend {
         };
         let reason = end.reason();
         metrics.sessions.dec();
-        metrics
-            .sessions_ended
-            .get_or_create(&ReasonLabels {
-                reason: reason.label(),
-            })
-            .inc();
+        metrics.sessions_ended.get_or_create(&reason.into()).inc();
         registration.lost(Lost {
             at: std::time::UNIX_EPOCH + unix(&self.clock),
             reason,

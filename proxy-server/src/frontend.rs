@@ -37,7 +37,7 @@ pub async fn handshake(
     };
     let acceptor = TlsAcceptor::from(tls.load_full());
     let refused = |reason: Reason, detail: &str| {
-        metrics.refused(reason);
+        metrics.requester_refused(reason);
         tracing::info!(target: "audit", %peer, reason = reason.label(), detail, "requester refused");
         reason
     };

@@ -5,18 +5,22 @@
 //! | streams | the request is refused with [`Reason::Overloaded`] |
 //! | pending dials | the same; agents that hang can't fill the server |
 //! | handshakes | above a quarter, unproved addresses are asked to come again (Retry); when full, they are turned away |
-//! | new sessions a second | the agent is told when to come again |
+//! | new sessions a second, of one agent and of all | the agent is told when to come again |
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
 use governor::clock::{Clock, DefaultClock};
-use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use proto::Reason;
+use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
+use proto::{AgentName, Reason};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::Limits as Settings;
+
+/// New sessions a minute of one agent, and at once. A healthy one needs two a day; one that restarts in a loop, or is
+/// hostile, must not use up what all share.
+const OF_ONE_AGENT: NonZeroU32 = NonZeroU32::new(30).unwrap();
 
 /// Permits of a proxy-server.
 #[derive(Debug)]
@@ -26,6 +30,7 @@ pub struct Limits {
     handshakes: Arc<Semaphore>,
     most_handshakes: usize,
     sessions: DefaultDirectRateLimiter,
+    sessions_of_one: DefaultKeyedRateLimiter<AgentName>,
     clock: DefaultClock,
 }
 
@@ -51,6 +56,7 @@ impl Limits {
             handshakes: Arc::new(Semaphore::new(settings.handshakes)),
             most_handshakes: settings.handshakes,
             sessions: RateLimiter::direct(Quota::per_second(rate)),
+            sessions_of_one: RateLimiter::keyed(Quota::per_minute(OF_ONE_AGENT)),
             clock: DefaultClock::default(),
         }
     }
@@ -87,14 +93,16 @@ impl Limits {
             .map_or(Knock::Refuse, Knock::Enter)
     }
 
-    /// Whether a session may come about now, else when to come again.
+    /// Whether a session of that agent may come about now, else when to come again.
     ///
     /// # Errors
     /// How long to stay away.
-    pub fn admit(&self) -> Result<(), Duration> {
-        self.sessions
-            .check()
-            .map_err(|until| until.wait_time_from(self.clock.now()))
+    pub fn admit(&self, agent: &AgentName) -> Result<(), Duration> {
+        let now = self.clock.now();
+        self.sessions_of_one
+            .check_key(agent)
+            .and_then(|()| self.sessions.check())
+            .map_err(|until| until.wait_time_from(now))
     }
 
     /// Streams open now, of the limit given.
@@ -141,7 +149,22 @@ mod tests {
     #[test]
     fn agents_over_the_rate_are_told_when_to_come_again() {
         let limits = limits();
-        limits.admit().unwrap();
-        assert!(limits.admit().unwrap_err() > Duration::ZERO);
+        let agent = |name: &str| name.parse().unwrap();
+        limits.admit(&agent("edge1")).unwrap();
+        assert!(limits.admit(&agent("edge2")).unwrap_err() > Duration::ZERO);
+    }
+
+    #[test]
+    fn an_agent_that_comes_too_often_leaves_room_for_the_others() {
+        let limits = Limits::new(&Settings {
+            sessions_per_second: 1000,
+            ..Settings::default()
+        });
+        let agent = |name: &str| name.parse().unwrap();
+        for _ in 0..OF_ONE_AGENT.get() {
+            limits.admit(&agent("edge1")).unwrap();
+        }
+        assert!(limits.admit(&agent("edge1")).unwrap_err() > Duration::ZERO);
+        limits.admit(&agent("edge2")).unwrap();
     }
 }

@@ -40,6 +40,13 @@ pub struct ReasonLabels {
     pub reason: &'static str,
 }
 
+impl From<Reason> for ReasonLabels {
+    fn from(reason: Reason) -> Self {
+        let reason = reason.label();
+        Self { reason }
+    }
+}
+
 /// Labels of bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct DirectionLabels {
@@ -78,6 +85,8 @@ pub struct Metrics {
     pub sessions_ended: Family<ReasonLabels, Counter>,
     /// Peers that did not become a session.
     pub sessions_refused: Family<ReasonLabels, Counter>,
+    /// Requesters that never came to ask.
+    pub requesters_refused: Family<ReasonLabels, Counter>,
     /// When certificates expire.
     pub expiry: Family<CertificateLabels, Gauge>,
     /// Configuration reloads.
@@ -102,6 +111,7 @@ impl Metrics {
             sessions: Gauge::default(),
             sessions_ended: Family::default(),
             sessions_refused: Family::default(),
+            requesters_refused: Family::default(),
             expiry: Family::default(),
             reloads: Family::default(),
             held: Gauge::default(),
@@ -145,6 +155,11 @@ impl Metrics {
             self.sessions_refused.clone(),
         );
         registry.register(
+            "requesters_refused",
+            "Requesters whose TLS handshake failed, by why",
+            self.requesters_refused.clone(),
+        );
+        registry.register(
             "certificate_expiry_timestamp_seconds",
             "When the certificate expires, Unix time",
             self.expiry.clone(),
@@ -164,11 +179,12 @@ impl Metrics {
 
     /// Counts a peer that did not become a session.
     pub fn refused(&self, reason: Reason) {
-        self.sessions_refused
-            .get_or_create(&ReasonLabels {
-                reason: reason.label(),
-            })
-            .inc();
+        self.sessions_refused.get_or_create(&reason.into()).inc();
+    }
+
+    /// Counts a requester whose TLS handshake failed.
+    pub fn requester_refused(&self, reason: Reason) {
+        self.requesters_refused.get_or_create(&reason.into()).inc();
     }
 
     /// Counts an ended stream.

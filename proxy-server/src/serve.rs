@@ -6,9 +6,11 @@
 //! | route | two nodes share the address; not at the edge and `refuse` | both names; unknown destination |
 //! | pick | no session | node X: no session since …, last error: … |
 //! | open, header | session lost | the next session is tried, as no byte of the request is on its way; else session lost |
+//! | open, header | stream reset, garbage | node X: the agent's reason or protocol; not tried again |
 //! | reply | none in time; a reason of the agent | node X: no answer in time; the agent's words |
 //! | relay | any | nothing can be said any more: a reset, the reason in log, metric and the next answer |
 
+use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,11 +20,11 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
 use proto::transport::tcp::{self, TcpRecv, TcpSend};
-use proto::transport::{SendHalf, Session};
+use proto::transport::{SendHalf, Session, StreamError};
 use proto::wire::{StreamHeader, StreamReply, encode, pb};
 use proto::{
-    AgentName, Budget, Destination, Early, FrameReader, Host, Local, Reason, Relay, RelayEnd,
-    read_frame_within, relay,
+    AgentName, Budget, Destination, Early, FrameReader, Host, Local, ReadFrameError, Reason, Relay,
+    RelayEnd, read_frame_within, relay, session_over,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
@@ -42,9 +44,6 @@ use crate::route::{Route, RouteTable};
 const TRIES: usize = 3;
 /// The agent's own limit for a dial; asking for more is no use (docs/protocol.md section 5).
 const AGENT_DIAL: Duration = Duration::from_secs(10);
-
-/// For the requester to take what came before its session was lost.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What changes while the server runs.
 #[derive(Debug, Default)]
@@ -281,32 +280,26 @@ async fn open_on(
     deadline: Instant,
 ) -> Result<(Halves, Bytes), Attempt> {
     let subject = subject(&session.agent, node);
-    let lost = |reason: Reason, detail: String| {
-        // Only a requester cancels; an agent owes a reply to each header.
-        let reason = if reason == Reason::Cancelled {
-            Reason::Protocol
-        } else {
-            reason
-        };
-        let refusal = Refusal::detailed(&subject, reason, &detail);
-        if reason == Reason::Timeout {
-            Attempt::Final(refusal)
-        } else {
-            Attempt::Lost(refusal)
-        }
-    };
     let silent = || {
         let silence = session.liveness.silence().as_secs();
-        lost(
-            Reason::Timeout,
-            format!("the agent was last heard {silence} s ago"),
-        )
+        let detail = format!("the agent was last heard {silence} s ago");
+        Attempt::Final(Refusal::detailed(&subject, Reason::Timeout, &detail))
+    };
+    let ended = |error: StreamError| {
+        // Only a requester cancels; an agent owes a reply to each header.
+        let reason = Some(error.reason()).filter(|reason| *reason != Reason::Cancelled);
+        let reason = reason.unwrap_or(Reason::Protocol);
+        let refusal = Refusal::detailed(&subject, reason, &error.to_string());
+        match error {
+            StreamError::Session(_) => Attempt::Lost(refusal),
+            StreamError::Reset(_) => Attempt::Final(refusal),
+        }
     };
     let carried = Carried::new(session);
     let opened = timeout_at(deadline, session.transport.open())
         .await
         .map_err(|_late| silent())?;
-    let (mut send, recv) = opened.map_err(|e| lost(e.reason(), e.to_string()))?;
+    let (mut send, recv) = opened.map_err(|e| ended(StreamError::Session(e)))?;
     let left = deadline.saturating_duration_since(Instant::now());
     let header = StreamHeader {
         destination: destination.clone(),
@@ -317,14 +310,15 @@ async fn open_on(
     let exchange = async {
         send.write_chunk(encode(&header.to_pb()))
             .await
-            .map_err(|e| lost(e.reason(), e.to_string()))?;
+            .map_err(ended)?;
         read_frame_within::<pb::StreamReply, _>(&mut reader, left)
             .await
-            .map_err(|e| {
-                if e.reason() == Reason::Timeout {
-                    silent()
-                } else {
-                    lost(e.reason(), e.to_string())
+            .map_err(|error| match error {
+                ReadFrameError::Stream(error) => ended(error),
+                ReadFrameError::Timeout(_) => silent(),
+                ReadFrameError::Frame(error) => {
+                    let refusal = Refusal::detailed(&subject, Reason::Protocol, &error.to_string());
+                    Attempt::Final(refusal)
                 }
             })
     };
@@ -351,17 +345,6 @@ async fn open_on(
             Err(Attempt::Final(Refusal::detailed(&subject, reason, &detail)))
         }
     }
-}
-
-/// Resolves a while after the session is over: a relay that waits for its requester would not notice. What was already
-/// received is still handed over meanwhile.
-async fn session_over(session: Option<&LiveSession<QuicSession>>) -> Reason {
-    let Some(session) = session else {
-        return std::future::pending().await;
-    };
-    let error = session.transport.closed().await;
-    tokio::time::sleep(LAST_WORDS).await;
-    error.reason()
 }
 
 impl Opened {
@@ -394,10 +377,16 @@ impl Opened {
             Halves::Tunnel(carried, ..) => Some(Arc::clone(&carried.0)),
             Halves::Direct(..) => None,
         };
+        let lost = async {
+            match &session {
+                Some(session) => session_over(&session.transport).await,
+                None => pending().await,
+            }
+        };
         let cut = async {
             tokio::select! {
                 () = forwarder.cut.cancelled() => Reason::Draining,
-                reason = session_over(session.as_deref()) => reason,
+                reason = lost => reason,
             }
         };
         let end = match halves {

@@ -91,6 +91,10 @@ fn wrong_tokens_are_refused_each_for_its_reason() {
         try_with(&token, "other", NOW),
         Err(RedeemError::NameNotAllowed)
     ));
+    assert!(matches!(
+        try_with(&token, "edge-1.shop.svc.cluster.local", NOW),
+        Err(RedeemError::NameNotAllowed)
+    ));
     store.revoke_agent(&name("edge-1"), NOW).unwrap();
     assert!(matches!(
         try_with(&token, "edge-1", NOW),

@@ -1,3 +1,5 @@
+use std::future::pending;
+
 use certs::Clock;
 use daemon::{Metrics, Tasks};
 use proto::transport::memory::{self, MemoryRecv, MemorySession};
@@ -74,7 +76,10 @@ async fn a_panic_in_one_stream_resets_it_and_leaves_the_others_alone() {
     let tasks = Tasks::new();
 
     let ((mut send, mut recv), other) = halves(&server, &agent).await;
-    tasks.spawn("stream", serve(Arc::clone(&serving), None, other));
+    tasks.spawn(
+        "stream",
+        serve(Arc::clone(&serving), None, other, pending()),
+    );
     let header = StreamHeader {
         destination: destination.local_addr().unwrap().into(),
         deadline: Duration::from_secs(10),
@@ -86,7 +91,12 @@ async fn a_panic_in_one_stream_resets_it_and_leaves_the_others_alone() {
     let ((_send, mut broken), (agent_send, agent_recv)) = halves(&server, &agent).await;
     tasks.spawn(
         "stream",
-        serve(Arc::clone(&serving), None, (agent_send, Broken(agent_recv))),
+        serve(
+            Arc::clone(&serving),
+            None,
+            (agent_send, Broken(agent_recv)),
+            pending(),
+        ),
     );
     let ended = broken.read_chunks(&mut [Bytes::new()]).await.unwrap_err();
     assert_eq!(ended, StreamError::Reset(Reason::Cancelled));
@@ -124,7 +134,10 @@ async fn what_is_cut_is_cut_on_both_sides_with_its_reason() {
     let destination = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let tasks = Tasks::new();
     let ((mut send, mut recv), accepted) = halves(&server, &agent).await;
-    tasks.spawn("stream", serve(Arc::clone(&serving), None, accepted));
+    tasks.spawn(
+        "stream",
+        serve(Arc::clone(&serving), None, accepted, pending()),
+    );
     let header = StreamHeader {
         destination: destination.local_addr().unwrap().into(),
         deadline: Duration::ZERO,
@@ -149,4 +162,43 @@ async fn what_is_cut_is_cut_on_both_sides_with_its_reason() {
         tasks.drain(Duration::from_secs(30)).await,
         daemon::Drained::Clean
     );
+}
+
+#[tokio::test]
+async fn a_stream_whose_destination_reads_nothing_ends_with_its_session() {
+    let serving = serving();
+    let (server, agent) = memory::pair(64 << 10, 8);
+    let destination = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let tasks = Tasks::new();
+    let ((mut send, mut recv), accepted) = halves(&server, &agent).await;
+    let lost = async move { proto::session_over(&agent).await };
+    tasks.spawn("stream", serve(Arc::clone(&serving), None, accepted, lost));
+    let header = StreamHeader {
+        destination: destination.local_addr().unwrap().into(),
+        deadline: Duration::ZERO,
+        trace: String::new(),
+    };
+    send.write_chunk(encode(&header.to_pb())).await.unwrap();
+    let (dialled, _) = destination.accept().await.unwrap();
+    let mut chunk = [Bytes::new()];
+    assert_eq!(
+        recv.read_chunks(&mut chunk).await.unwrap(),
+        Some(1),
+        "the reply"
+    );
+    // Until nothing moves any more: the sockets, the relay and the stream's window are full.
+    let block = Bytes::from(vec![0; 64 << 10]);
+    let full = Duration::from_secs(2);
+    while let Ok(wrote) = timeout(full, send.write_chunk(block.clone())).await {
+        wrote.unwrap();
+    }
+    server.close(Reason::SessionLost);
+    assert_eq!(
+        tasks.drain(Duration::from_secs(30)).await,
+        daemon::Drained::Clean
+    );
+    drop(dialled);
+    let text = encoded(&serving);
+    let line = "corvid_streams_total{reason=\"session_lost\"} 1";
+    assert!(text.contains(line), "{line}: {text}");
 }

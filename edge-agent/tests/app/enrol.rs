@@ -141,7 +141,7 @@ fn a_renewed_certificate_makes_a_new_session_first() {
                 .unwrap();
             assert_eq!(fingerprint(&last), kept.fingerprint());
             agent
-                .counts("corvid_renewals_total{result=\"done\"}", 1.0)
+                .counts("corvid_renewals_total{result=\"ok\"}", 1.0)
                 .await;
             agent.has_sessions(1).await;
             agent.stopped().await;
@@ -193,7 +193,7 @@ fn a_state_directory_that_takes_nothing_ends_no_session() {
                 last = server.session().await;
             }
             agent
-                .counts("corvid_renewals_total{result=\"done\"}", 1.0)
+                .counts("corvid_renewals_total{result=\"ok\"}", 1.0)
                 .await;
             agent.has_sessions(1).await;
             agent.stopped().await;

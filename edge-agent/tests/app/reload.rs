@@ -27,7 +27,7 @@ fn policy_and_servers_take_effect_without_touching_sessions() {
             settings.write();
             let other = second.session().await;
             agent
-                .counts("corvid_reloads_total{result=\"done\"}", 1.0)
+                .counts("corvid_config_reloads_total{result=\"ok\"}", 1.0)
                 .await;
             drop(peer.connect(&address).await);
             drop(destination.accept().await);
@@ -36,7 +36,7 @@ fn policy_and_servers_take_effect_without_touching_sessions() {
             settings.allow = "[{cidr: nonsense, ports: [1]}]".to_owned();
             settings.write();
             agent
-                .counts("corvid_reloads_total{result=\"failed\"}", 1.0)
+                .counts("corvid_config_reloads_total{result=\"error\"}", 1.0)
                 .await;
             drop(peer.connect(&address).await);
             drop(destination.accept().await);
@@ -85,7 +85,7 @@ fn a_credential_of_the_operator_is_reloaded() {
         // A broken one is refused, and counted.
         std::fs::write(&crt, "nonsense").unwrap();
         agent
-            .counts("corvid_reloads_total{result=\"failed\"}", 1.0)
+            .counts("corvid_config_reloads_total{result=\"error\"}", 1.0)
             .await;
         agent.has_sessions(1).await;
         agent.stopped().await;

@@ -26,6 +26,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioIo, TokioTimer};
 pub use pool::Pool;
 use proto::{Destination, Reason, RelayEnd};
+use tokio::time::{Instant, timeout};
 
 use super::credentials::Credentials;
 use super::{Io, LiveTls, handshake};
@@ -163,10 +164,14 @@ impl ForwardProxy {
         // hyper drops this future when the requester hangs up, and with it the stream that is being opened.
         let opened = self.forwarder.open(wanted, std::future::pending()).await?;
         let upgrade = hyper::upgrade::on(&mut request);
+        let limit = self.forwarder.timeouts.header;
         self.tasks.spawn("relay", async move {
-            match upgrade.await {
-                Ok(upgraded) => relay(opened, upgraded).await,
-                Err(error) => tracing::debug!(%error, "the requester left before its answer"),
+            match timeout(limit, upgrade).await {
+                Ok(Ok(upgraded)) => relay(opened, upgraded).await,
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "the requester left before its answer");
+                }
+                Err(_elapsed) => tracing::debug!("the requester did not take its answer in time"),
             }
         });
         Ok(Response::new(empty()))
@@ -185,11 +190,27 @@ impl ForwardProxy {
                 sentence,
             }));
         }
-        destination(uri.authority().map(http::uri::Authority::as_str), Some(80))?;
+        let authority = uri.authority().map(http::uri::Authority::as_str);
+        let destination = match destination(authority, Some(80)) {
+            Ok(destination) => destination,
+            Err(refusal) => return Ok(self.refuse(&refusal)),
+        };
+        // Without the query, which may hold secrets.
+        let path = uri.path().to_owned();
         strip_hop_by_hop(request.headers_mut());
         *request.version_mut() = http::Version::HTTP_11;
-        let response = self.pool.send(request, requester).await?;
-        let (mut head, body) = response.into_parts();
+        let began = Instant::now();
+        let answered = self.pool.send(request).await;
+        let (status, reason) = match &answered {
+            Ok(response) => (Some(response.status().as_u16()), Outcome::Ok),
+            Err(refusal) => (None, Outcome::Failed(refusal.reason)),
+        };
+        // The pooled stream's own line says what moved; this one who asked for what.
+        tracing::info!(
+            target: "access", frontend = NAME, requester, %destination, path, status, reason = reason.label(),
+            ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), "request"
+        );
+        let (mut head, body) = answered?.into_parts();
         strip_hop_by_hop(&mut head.headers);
         Ok(Response::from_parts(head, body.boxed()))
     }

@@ -52,7 +52,7 @@ async fn agents_strangers_and_the_nameless_are_refused_in_the_handshake() {
         outcome.unwrap_err();
         refused += 1.0;
         while stack
-            .metric("corvid_sessions_refused_total{reason=\"tls\"}")
+            .metric("corvid_requesters_refused_total{reason=\"tls\"}")
             .await
             < refused
         {

@@ -20,6 +20,10 @@ const PING: usize = 32;
 /// New connections of a round, and how many are opened at once.
 const CONNECTIONS: usize = 600;
 const OPENERS: usize = 16;
+/// A line's worth: what a site with a good uplink sends.
+const LINE: u64 = 100_000_000 / 8;
+/// How often a paced transfer sends.
+const BEAT: Duration = Duration::from_millis(5);
 /// How long small requests run beside a bulk stream.
 const BESIDE: Duration = Duration::from_secs(2);
 
@@ -62,6 +66,14 @@ async fn serve(mut stream: TcpStream) -> Result<()> {
                 left -= now as u64;
             }
         }
+        b'L' => {
+            let each = usize::try_from(LINE).unwrap_or(CHUNK) / 200;
+            let mut beat = tokio::time::interval(BEAT);
+            loop {
+                beat.tick().await;
+                stream.write_all(&buffer[..each]).await?;
+            }
+        }
         b'U' => {
             let mut left = stream.read_u64().await?;
             while left > 0 {
@@ -82,6 +94,8 @@ async fn serve(mut stream: TcpStream) -> Result<()> {
 enum Direction {
     Down,
     Up,
+    /// Down, at [`LINE`].
+    Line,
 }
 
 async fn transfer(stream: Stream, way: Direction, bytes: u64) -> Result<()> {
@@ -107,6 +121,10 @@ async fn move_bytes<S: AsyncRead + AsyncWrite + Unpin>(
                 ensure!(now > 0, "ended after {got} of {bytes} bytes");
                 got += now as u64;
             }
+        }
+        Direction::Line => {
+            stream.write_u8(b'L').await?;
+            while stream.read(&mut buffer).await? > 0 {}
         }
         Direction::Up => {
             stream.write_u8(b'U').await?;
@@ -186,7 +204,10 @@ pub(crate) async fn round(way: &Way, bytes: u64, samples: &mut Samples) -> Resul
     }
     pings(way, samples).await?;
     connections(way, samples).await?;
-    beside_bulk(way, samples).await
+    let unpaced = "ping p99 beside a bulk stream, us";
+    beside_bulk(way, Direction::Down, unpaced, samples).await?;
+    let paced = "ping p99 beside 100 Mbit/s, us";
+    beside_bulk(way, Direction::Line, paced, samples).await
 }
 
 async fn pings(way: &Way, samples: &mut Samples) -> Result<()> {
@@ -215,9 +236,14 @@ async fn connections(way: &Way, samples: &mut Samples) -> Result<()> {
 }
 
 /// p99 of a small request while one bulk stream comes down.
-async fn beside_bulk(way: &Way, samples: &mut Samples) -> Result<()> {
+async fn beside_bulk(
+    way: &Way,
+    direction: Direction,
+    label: &str,
+    samples: &mut Samples,
+) -> Result<()> {
     let mut stream = pinger(way).await?;
-    let bulk = transfer(way.connect().await?, Direction::Down, u64::MAX);
+    let bulk = transfer(way.connect().await?, direction, u64::MAX);
     let mut times = Histogram::<u64>::new(3)?;
     let measured = async {
         let began = now();
@@ -231,9 +257,6 @@ async fn beside_bulk(way: &Way, samples: &mut Samples) -> Result<()> {
         done = measured => done?,
         ended = bulk => { ended?; }
     }
-    samples.add(
-        "ping p99 beside a bulk stream, us",
-        times.value_at_quantile(0.99) as f64,
-    );
+    samples.add(label, times.value_at_quantile(0.99) as f64);
     Ok(())
 }

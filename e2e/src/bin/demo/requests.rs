@@ -41,6 +41,7 @@ pub(crate) async fn scrape(dir: &Path, proxy: SocketAddr, edge: &Edge) -> Result
     let ca = CertificateDer::from_pem_file(dir.join("server/ca/ca.crt"))?;
     #[expect(clippy::disallowed_methods, reason = "the scraper")]
     let stream = TcpStream::connect(proxy).await?;
+    stream.set_nodelay(true)?;
     let name = ServerName::from(proxy.ip());
     let stream = tls([ca])?
         .connect(name, stream)

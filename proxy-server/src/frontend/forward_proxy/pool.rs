@@ -64,14 +64,12 @@ impl Pool {
     pub async fn send(
         &self,
         request: HttpRequest<Incoming>,
-        requester: String,
     ) -> Result<Response<Incoming>, Refusal> {
         let authority = request
             .uri()
             .authority()
             .map(ToString::to_string)
             .unwrap_or_default();
-        tracing::debug!(requester, authority, "scrape");
         let Some(client) = self.0.load_full() else {
             return Err(Refusal::about("proxy-server", Reason::Draining));
         };
