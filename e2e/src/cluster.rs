@@ -29,6 +29,7 @@ mod pki;
 pub mod pods;
 mod running;
 mod sandbox;
+mod scrapers;
 mod steps;
 mod tunnel;
 
@@ -38,6 +39,7 @@ pub use kubectl::Kubectl;
 use node::Node;
 use pki::Pki;
 pub use running::Running;
+pub use scrapers::Prometheus;
 pub use steps::{Steps, report, until};
 pub use tunnel::{Programs, Session, Tunnel};
 
@@ -206,6 +208,10 @@ impl Cluster {
         self.net.host(name)
     }
 
+    fn logs(&self) -> PathBuf {
+        self.state.path().join("log")
+    }
+
     /// A folder for files of the tests; it goes with the cluster.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -234,7 +240,7 @@ fn sweep() -> Result<()> {
 /// Where `e2e/kubernetes/build.sh` puts the Kubernetes programs.
 fn tools() -> Result<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/bin");
-    for name in ["kube-apiserver", "kubectl", "kubelet"] {
+    for name in ["kube-apiserver", "kubectl", "kubelet", "metrics-server"] {
         ensure!(
             dir.join(name).exists(),
             "no {name} in {}: run e2e/kubernetes/build.sh",

@@ -152,6 +152,17 @@ impl ControlPlane {
             ("kubelet-client-certificate", path("kubelet-client.crt")),
             ("kubelet-client-key", path("kubelet-client.key")),
             ("kubelet-certificate-authority", path("ca.crt")),
+            // Aggregated APIs: whom they believe, and no proxy of Services between.
+            ("requestheader-client-ca-file", path("ca.crt")),
+            (
+                "requestheader-allowed-names",
+                "kube-apiserver-kubelet-client".to_owned(),
+            ),
+            ("requestheader-username-headers", "X-Remote-User".to_owned()),
+            ("requestheader-group-headers", "X-Remote-Group".to_owned()),
+            ("proxy-client-cert-file", path("kubelet-client.crt")),
+            ("proxy-client-key-file", path("kubelet-client.key")),
+            ("enable-aggregator-routing", "true".to_owned()),
             // Two nodes have one address: only their names tell them apart.
             (
                 "kubelet-preferred-address-types",

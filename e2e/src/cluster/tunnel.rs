@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::control_plane::{Egress, PUBLIC};
+use super::scrapers::{PASSWORD, PROXY, USER};
 use super::steps::until;
 use crate::net::Host;
 use crate::process::{Process, Spawn};
@@ -86,11 +87,23 @@ impl Tunnel {
                     "default": "refuse",
                 },
                 {"type": "httpConnect", "listen": format!("tcp:{PUBLIC}:8444"), "default": "refuse"},
+                // For aggregated APIs, which are in the cloud.
+                {
+                    "type": "httpConnect",
+                    "listen": format!("unix:{}", dir.join("direct.sock").display()),
+                    "default": "direct",
+                },
+                {
+                    "type": "forwardProxy",
+                    "listen": format!("tcp:{PUBLIC}:{PROXY}"),
+                    "basicAuthFile": dir.join("scrapers"),
+                },
             ],
             "observe": {"listen": "127.0.0.1:9440"},
             "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
         });
         fs::write(dir.join("proxy-server.yaml"), config.to_string())?;
+        fs::write(dir.join("scrapers"), format!("{USER}:{PASSWORD}\n"))?;
         let server = Spawn::new("proxy-server", &programs.server)
             .args(["run", "--config"])
             .arg(dir.join("proxy-server.yaml"))
@@ -198,6 +211,12 @@ impl Tunnel {
         self.agents
             .get(name)
             .ok_or_else(|| anyhow!("no agent {name}"))
+    }
+
+    /// The egress whose destinations in the cloud are dialled by the proxy-server.
+    #[must_use]
+    pub fn with_direct(&self) -> Egress {
+        Egress::Unix(self.dir.join("direct.sock"))
     }
 
     /// Issues a client certificate for kube-apiserver and returns the egress that uses it.

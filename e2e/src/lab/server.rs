@@ -103,11 +103,19 @@ impl Server {
     /// # Errors
     /// When none is issued.
     pub fn tls_door(&self, client: &str) -> Result<Door> {
+        self.door_at("203.0.113.10:8444", client)
+    }
+
+    /// A frontend over TLS at that address, with a fresh client certificate for `client`.
+    ///
+    /// # Errors
+    /// When none is issued.
+    pub fn door_at(&self, address: &str, client: &str) -> Result<Door> {
         let folder = self.dir.join(format!("client-{client}"));
         fs::create_dir_all(&folder)?;
         let folder_name = folder.to_str().context("a folder with a strange name")?;
         self.tool(&["cert", "issue", "--client", client, "--out", folder_name])?;
-        Door::tls(&self.host, "203.0.113.10:8444".parse()?, &folder, client)
+        Door::tls(&self.host, address.parse()?, &folder, client)
     }
 
     /// A join token for agents of that name.

@@ -13,6 +13,7 @@ mod faults;
 mod forward;
 mod logs;
 mod metrics;
+mod scrapers;
 mod upkeep;
 
 #[test]
@@ -32,6 +33,7 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
     steps.run("apiserver_gone_leaves_nothing_open", || {
         open.compare(&mut cluster)
     });
+    past_kube_apiserver(&mut steps, &mut cluster);
     over_mutual_tls(&mut steps, &mut cluster);
     steps.run("daemons_complain_of_nothing", || {
         upkeep::no_complaints(&cluster)
@@ -85,6 +87,21 @@ fn over_a_unix_socket(steps: &mut Steps, cluster: &mut Cluster) {
     );
     steps.run("a_killed_agent_ends_what_ran_and_is_named", || {
         faults::killed_agent(cluster)
+    });
+}
+
+/// What asks the edge without kube-apiserver; and what kube-apiserver asks in the cloud, by the same egress.
+fn past_kube_apiserver(steps: &mut Steps, cluster: &mut Cluster) {
+    let started = steps.run("direct_apiserver_starts_again", || {
+        let egress = cluster.tunnel().with_direct();
+        cluster.start_apiserver(&egress)?;
+        Ok("with an egress that dials what is in the cloud")
+    });
+    if !started {
+        return; // nothing to ask
+    }
+    steps.run("kubectl_top_shows_nodes_and_pods_of_the_edge", || {
+        scrapers::top(cluster)
     });
 }
 

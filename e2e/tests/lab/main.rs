@@ -10,5 +10,6 @@ mod load;
 mod outage;
 mod refusal;
 mod restart;
+mod scrape;
 mod steps;
 mod streams;
