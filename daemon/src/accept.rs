@@ -44,6 +44,9 @@ pub struct BindOptions {
     pub mode: u32,
     /// Counts the pauses; usually [`crate::Metrics::accept_pauses`].
     pub pauses: Counter,
+    /// Takes connections to addresses that are not this machine's, as TPROXY rules hand them over (`IP_TRANSPARENT`,
+    /// ip(7)). Needs `CAP_NET_ADMIN`.
+    pub transparent: bool,
 }
 
 impl Default for BindOptions {
@@ -52,6 +55,7 @@ impl Default for BindOptions {
             max_connections: 1024,
             mode: 0o600,
             pauses: Counter::default(),
+            transparent: false,
         }
     }
 }
@@ -101,7 +105,7 @@ impl Listener {
     pub fn bind_with(listen: &Listen, options: BindOptions) -> io::Result<Self> {
         let (socket, bound) = match listen {
             Listen::Tcp(addr) => {
-                let listener = bind_tcp(*addr)?;
+                let listener = bind_tcp(*addr, options.transparent)?;
                 let bound = Listen::Tcp(listener.local_addr()?);
                 (Socketed::Tcp(listener), bound)
             }
@@ -202,10 +206,14 @@ impl Listener {
     }
 }
 
-fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+fn bind_tcp(addr: SocketAddr, transparent: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     // A restart must not wait for connections in TIME_WAIT.
     socket.set_reuse_address(true)?;
+    if transparent {
+        // One flag of the socket for both families: Linux takes the IPv4 option on an IPv6 socket too.
+        socket.set_ip_transparent_v4(true)?;
+    }
     socket.set_nonblocking(true)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;

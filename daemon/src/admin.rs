@@ -106,6 +106,7 @@ impl Endpoint {
             max_connections: MAX_CONNECTIONS,
             mode,
             pauses,
+            ..BindOptions::default()
         };
         let listener = Listener::bind_with(listen, options).map_err(|source| AdminError::Bind {
             listen: listen.clone(),

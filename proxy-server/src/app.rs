@@ -168,6 +168,7 @@ impl App {
             if let Frontend::HttpConnect { mode, .. } = frontend {
                 options.mode = mode.0;
             }
+            options.transparent = frontend.transparent();
             let listen = frontend.listen();
             let listener = Listener::bind_with(listen, options)
                 .with_context(|| format!("listen on {listen}"))?;

@@ -146,6 +146,36 @@ pub enum Frontend {
         #[serde(default)]
         allowed_names: Vec<String>,
     },
+    /// Connections meant for nodes, led here by DNS or firewall rules.
+    Intercept(Intercept),
+}
+
+/// Connections meant for nodes, led here by DNS or firewall rules.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Intercept {
+    /// A TCP address.
+    pub listen: Listen,
+    /// Port of the destination, where the request does not say; the one listened on by default.
+    #[serde(default)]
+    pub port: Option<u16>,
+    /// Networks that may connect. Nobody else may.
+    #[serde(default)]
+    pub from: Vec<Cidr>,
+    /// Load balancers that say whom they speak for.
+    #[serde(default)]
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Takes what TPROXY rules hand over.
+    #[serde(default)]
+    pub transparent: bool,
+}
+
+/// Whose PROXY headers are believed.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ProxyProtocol {
+    /// Networks of the load balancers. A header is required from them and refused from everybody else.
+    pub trusted: Vec<Cidr>,
 }
 
 impl Frontend {
@@ -154,6 +184,16 @@ impl Frontend {
     pub const fn listen(&self) -> &Listen {
         match self {
             Self::HttpConnect { listen, .. } | Self::ForwardProxy { listen, .. } => listen,
+            Self::Intercept(intercept) => &intercept.listen,
+        }
+    }
+
+    /// Whether it takes what TPROXY rules hand over.
+    #[must_use]
+    pub const fn transparent(&self) -> bool {
+        match self {
+            Self::HttpConnect { .. } | Self::ForwardProxy { .. } => false,
+            Self::Intercept(intercept) => intercept.transparent,
         }
     }
 
@@ -171,6 +211,7 @@ impl Frontend {
                 .flatten()
                 .cloned()
                 .collect(),
+            Self::Intercept(_) => Vec::new(),
         }
     }
 }

@@ -4,6 +4,7 @@
 pub mod credentials;
 pub mod forward_proxy;
 pub mod http_connect;
+pub mod intercept;
 mod io;
 
 use std::sync::Arc;

@@ -18,6 +18,7 @@ use crate::frontend::LiveTls;
 use crate::frontend::credentials::Credentials;
 use crate::frontend::forward_proxy::ForwardProxy;
 use crate::frontend::http_connect::HttpConnect;
+use crate::frontend::intercept::Intercept;
 use crate::route::RouteTable;
 
 /// Where the configuration comes from; `None` for an app that was given values.
@@ -35,6 +36,7 @@ pub(crate) struct Changeable {
     pub(crate) tls: Option<LiveTls>,
     pub(crate) connect: Option<Arc<HttpConnect>>,
     pub(crate) proxy: Option<Arc<ForwardProxy>>,
+    pub(crate) intercept: Option<Arc<Intercept>>,
 }
 
 /// What a reload applies to.
@@ -68,6 +70,8 @@ pub(crate) fn frontend_tls(
             allowed_names,
             ..
         } => (client_ca, allowed_names, true),
+        // The TLS that comes there is the nodes'.
+        Frontend::Intercept(_) => return Ok(None),
     };
     let trust = match client_ca {
         None => FrontendTrust::Ours,
@@ -90,7 +94,7 @@ pub(crate) fn frontend_tls(
 /// Tokens and passwords of a frontend.
 pub(crate) fn frontend_credentials(frontend: &Frontend) -> anyhow::Result<Credentials> {
     match frontend {
-        Frontend::HttpConnect { .. } => Ok(Credentials::default()),
+        Frontend::HttpConnect { .. } | Frontend::Intercept(_) => Ok(Credentials::default()),
         Frontend::ForwardProxy {
             bearer_token_file,
             basic_auth_file,
@@ -139,7 +143,9 @@ impl Reloader {
             None => self.running.clone(),
         };
         let kind = std::mem::discriminant::<Frontend>;
-        let same = |a: &Frontend, b: &Frontend| a.listen() == b.listen() && kind(a) == kind(b);
+        let same = |a: &Frontend, b: &Frontend| {
+            a.listen() == b.listen() && kind(a) == kind(b) && a.transparent() == b.transparent()
+        };
         let frontends_fit = new.frontends.len() == self.frontends.len()
             && new
                 .frontends
@@ -168,6 +174,9 @@ impl Reloader {
                 (&changeable.connect, frontend)
             {
                 connect.elsewhere.store(Arc::new(*default));
+            }
+            if let (Some(intercept), Frontend::Intercept(new)) = (&changeable.intercept, frontend) {
+                intercept.change(new);
             }
             if let (Some(live), Some(tls)) = (&changeable.tls, tls) {
                 live.store(tls);

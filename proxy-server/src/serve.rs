@@ -162,6 +162,16 @@ impl Forwarder {
         }
     }
 
+    /// Where a destination is now.
+    ///
+    /// # Errors
+    /// As [`RouteTable::route`].
+    pub fn route(&self, destination: &Destination) -> Result<Route, Refusal> {
+        let enrolled = self.routing.enrolled.load();
+        let known = |agent: &AgentName| enrolled.contains(agent) || self.registry.knows(agent);
+        self.routing.table.load().route(destination, known)
+    }
+
     async fn try_open(
         &self,
         destination: &Destination,
@@ -172,9 +182,7 @@ impl Forwarder {
         let overloaded = |reason| Refusal::about("proxy-server", reason);
         let permit = self.limits.stream().map_err(overloaded)?;
         let _pending = self.limits.pending_dial().map_err(overloaded)?;
-        let enrolled = self.routing.enrolled.load();
-        let known = |agent: &AgentName| enrolled.contains(agent) || self.registry.knows(agent);
-        match self.routing.table.load().route(destination, known)? {
+        match self.route(destination)? {
             Route::Edge {
                 agent,
                 node,

@@ -88,6 +88,27 @@ impl Stream {
         }
     }
 
+    /// Where the peer wanted to go before a rule of this machine's firewall (REDIRECT, DNAT) sent it here; `None` when no
+    /// rule did.
+    pub fn original_dst(&self) -> Option<SocketAddr> {
+        let Kind::Tcp(socket) = &self.kind else {
+            return None;
+        };
+        let local = socket.local_addr().ok()?;
+        let socket = SockRef::from(socket);
+        // IPv4 on an IPv6 socket asks IPv4's connection tracking.
+        let original = if local.ip().to_canonical().is_ipv4() {
+            socket.original_dst_v4()
+        } else {
+            socket.original_dst_v6()
+        };
+        // Without connection tracking there is no answer; without a rule it is the address that was dialled.
+        let original = original.ok()?.as_socket()?;
+        let same = original.ip().to_canonical() == local.ip().to_canonical()
+            && original.port() == local.port();
+        (!same).then_some(original)
+    }
+
     /// Closes it so that the peer sees an error and not an end: TCP sends a reset.
     ///
     /// Unix sockets know no reset: the peer's write fails, and its read only if bytes of it were never read here.

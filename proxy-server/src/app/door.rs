@@ -11,12 +11,14 @@ use crate::config::{Elsewhere, Frontend};
 use crate::frontend::LiveTls;
 use crate::frontend::forward_proxy::{ForwardProxy, Pool};
 use crate::frontend::http_connect::HttpConnect;
+use crate::frontend::intercept::Intercept;
 use crate::reload::{Changeable, frontend_credentials};
 use crate::serve::Forwarder;
 
 pub(super) enum Door {
     Connect(Listener, Arc<HttpConnect>),
     Proxy(Listener, Arc<ForwardProxy>),
+    Intercept(Listener, Arc<Intercept>),
 }
 
 impl Door {
@@ -50,6 +52,12 @@ impl Door {
                 });
                 Ok(Self::Proxy(listener, proxy))
             }
+            (Frontend::Intercept(settings), _) => {
+                let stop = streams.stopping();
+                let port = listener.bound().port().unwrap_or_default();
+                let door = Intercept::new(forwarder, settings, port, stop);
+                Ok(Self::Intercept(listener, Arc::new(door)))
+            }
             (Frontend::ForwardProxy { listen, .. }, None) => {
                 anyhow::bail!("a forward proxy has TLS and so a TCP address, not {listen}")
             }
@@ -58,24 +66,32 @@ impl Door {
 
     /// What a reload changes of it.
     pub(super) fn changeable(&self, tls: Option<LiveTls>) -> Changeable {
+        let mut changeable = Changeable {
+            tls,
+            connect: None,
+            proxy: None,
+            intercept: None,
+        };
         match self {
-            Self::Connect(_, door) => Changeable {
-                tls,
-                connect: Some(Arc::clone(door)),
-                proxy: None,
-            },
-            Self::Proxy(_, door) => Changeable {
-                tls,
-                connect: None,
-                proxy: Some(Arc::clone(door)),
-            },
+            Self::Connect(_, door) => changeable.connect = Some(Arc::clone(door)),
+            Self::Proxy(_, door) => changeable.proxy = Some(Arc::clone(door)),
+            Self::Intercept(_, door) => changeable.intercept = Some(Arc::clone(door)),
         }
+        changeable
     }
 
     pub(super) async fn run(self, tasks: &Tasks, stop: CancellationToken) {
         match self {
             Self::Connect(listener, door) => {
                 tracing::info!(listen = %listener.bound(), direct = **door.elsewhere.load() == Elsewhere::Direct, "requests: HTTP CONNECT");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
+            }
+            Self::Intercept(listener, door) => {
+                tracing::info!(listen = %listener.bound(), "requests: intercepted");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
                 log_end(
                     "frontend",

@@ -7,7 +7,7 @@ use std::time::Duration;
 use certs::Name;
 use daemon::{ConfigError, Listen, Problems};
 
-use super::{Config, Frontend};
+use super::{Config, Frontend, Intercept};
 
 /// Below this, agents behind ordinary lines are lost for nothing: three keepalives are missed in 36 s.
 const LEAST_IDLE: Duration = Duration::from_secs(5);
@@ -113,6 +113,10 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 );
                 (client_ca, allowed_names)
             }
+            Frontend::Intercept(settings) => {
+                intercept(settings, key, problems);
+                continue;
+            }
         };
         problems.check(
             client_ca.is_none() || !allowed_names.is_empty(),
@@ -125,6 +129,30 @@ fn frontends(config: &Config, problems: &mut Problems) {
             "goes with clientCa; certificates of Corvid's CA are told apart by role",
         );
     }
+}
+
+fn intercept(settings: &Intercept, key: impl Fn(&str) -> String, problems: &mut Problems) {
+    problems.check(
+        matches!(settings.listen, Listen::Tcp(_)),
+        key("listen"),
+        "connections are intercepted on a TCP address",
+    );
+    problems.check(
+        settings.port != Some(0),
+        key("port"),
+        "must be within 1 to 65535",
+    );
+    problems.check(
+        !settings.from.is_empty(),
+        key("from"),
+        "say which source networks may connect, such as that of the control plane; without one nobody may",
+    );
+    let nobody = |proxy: &super::ProxyProtocol| proxy.trusted.is_empty();
+    problems.check(
+        !settings.proxy_protocol.as_ref().is_some_and(nobody),
+        key("proxyProtocol.trusted"),
+        "name the load balancers' addresses, or leave proxyProtocol out",
+    );
 }
 
 fn routes(config: &Config, problems: &mut Problems) {
@@ -174,7 +202,8 @@ mod tests {
         let error = parse(
             "name: 'No Name'\nbackend: {listen: [], memory: 1KiB}\nroutes: [{node: a}, {node: a, agent: B}]\n\
              timeouts: {dial: 40s, header: 0s}\nadmin: {listen: '0.0.0.0:9442'}\n\
-             frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n",
+             frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n\
+             - {type: intercept, listen: 'unix:/y', port: 0, proxyProtocol: {trusted: []}}\n",
         )
         .unwrap_err()
         .to_string();
@@ -191,6 +220,10 @@ mod tests {
             "frontends[0].allowedNames",
             "frontends[1].listen",
             "frontends[1].allowedNames",
+            "frontends[2].listen",
+            "frontends[2].port",
+            "frontends[2].from",
+            "frontends[2].proxyProtocol.trusted",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
         }

@@ -30,6 +30,12 @@ fn is_ourselves(address: SocketAddr, own: &[SocketAddr], interfaces: &[IpAddr]) 
     })
 }
 
+/// Whether `address` is one of our own listeners now.
+pub(crate) fn is_own(address: SocketAddr, own: &[SocketAddr]) -> bool {
+    let may_be = own.iter().any(|listener| listener.port() == address.port());
+    may_be && is_ourselves(address, own, &interfaces())
+}
+
 /// Addresses of this machine's interfaces.
 fn interfaces() -> Vec<IpAddr> {
     let Ok(all) = nix::ifaddrs::getifaddrs() else {

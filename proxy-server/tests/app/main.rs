@@ -9,6 +9,7 @@
 mod agents;
 mod connect;
 mod drain;
+mod intercept;
 mod scrape;
 mod stack;
 mod tls;
