@@ -30,6 +30,11 @@ fn is_ourselves(address: SocketAddr, own: &[SocketAddr], interfaces: &[IpAddr]) 
     })
 }
 
+/// Whether dialling `address` would lead to one of these listeners.
+pub(crate) fn is_one_of(address: SocketAddr, own: &[SocketAddr]) -> bool {
+    is_ourselves(address, own, &interfaces())
+}
+
 /// Addresses of this machine's interfaces.
 fn interfaces() -> Vec<IpAddr> {
     let Ok(all) = nix::ifaddrs::getifaddrs() else {
