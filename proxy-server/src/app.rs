@@ -23,6 +23,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
+use crate::cluster::{Cluster, Source as ClusterSource, Watch};
 use crate::config::{Config, Frontend};
 use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
@@ -75,6 +76,7 @@ pub struct Bound {
     doors: Vec<Door>,
     http: (HttpEndpoint, Vec<HttpEndpoint>),
     enrolment: Arc<Enrolment>,
+    watch: Option<Watch>,
     reloader: Reloader,
     streams: Tasks,
     stop_enrolment: CancellationToken,
@@ -105,12 +107,17 @@ impl App {
         let authority = Arc::new(Authority::open(&config)?);
         authority.export(&metrics);
         let (_, enrolled) = authority.refresh().context("read the token store")?;
+        let cluster = match &config.kubernetes {
+            Some(_) => Cluster::configured(&daemon_metrics),
+            None => Cluster::default(),
+        };
         let budget = Budget::new(config.backend.memory.0);
         let window = budget.stream_window();
         let forwarder = Arc::new(Forwarder {
             routing: Arc::new(Routing {
                 table: ArcSwap::from_pointee(RouteTable::new(&config.routes)),
                 enrolled: ArcSwap::from_pointee(enrolled),
+                cluster: Arc::new(cluster),
             }),
             registry: Registry::default(),
             limits: Limits::new(&config.limits),
@@ -179,12 +186,24 @@ impl App {
             doors.push(door);
         }
         let http = http::bind(&config, &daemon_metrics)?;
-        let own = endpoints
+        let own: Vec<SocketAddr> = endpoints
             .iter()
             .filter_map(|(_, tcp)| tcp.bound().tcp())
             .chain(frontends.iter().filter_map(Listen::tcp))
             .chain(http.0.bound().tcp())
             .collect();
+        let watch = match &config.kubernetes {
+            Some(settings) => {
+                let source = ClusterSource::new(settings);
+                source.check(&own).context("kubernetes")?;
+                Some(Watch {
+                    cluster: Arc::clone(&forwarder.routing.cluster),
+                    source,
+                    settings: settings.clone(),
+                })
+            }
+            None => None,
+        };
         forwarder.own.store(Arc::new(own));
         let stop_enrolment = CancellationToken::new();
         let enrolment = Enrolment::new(&authority, &config, stop_enrolment.clone())
@@ -217,6 +236,7 @@ impl App {
             doors,
             http,
             enrolment: Arc::new(enrolment),
+            watch,
             streams,
             stop_enrolment,
         })
@@ -290,6 +310,9 @@ impl Bound {
             "renewal",
             authority.keep_renewed(Arc::clone(&forwarder.metrics)),
         );
+        if let Some(watch) = self.watch {
+            for_ever(&service, "cluster", watch.run());
+        }
         for_ever(&service, "gauges", gauges(Arc::clone(&forwarder)));
         for_ever(&service, "reload", self.reloader.run(self.reload));
         let udp: Vec<Endpoint> = self.endpoints.iter().map(|(udp, _)| udp.clone()).collect();
@@ -401,6 +424,7 @@ async fn gauges(forwarder: Arc<Forwarder>) -> Infallible {
     loop {
         let held = i64::try_from(forwarder.budget.held()).unwrap_or(i64::MAX);
         forwarder.metrics.held.set(held);
+        forwarder.routing.cluster.export();
         sleep(GAUGES).await;
     }
 }

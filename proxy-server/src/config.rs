@@ -3,6 +3,7 @@
 //! [`load`] returns values that need no further checks. `docs/configuration.md` explains every key.
 
 mod check;
+mod kubernetes;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::time::Duration;
 use certs::{Name, TrustDomain};
 use daemon::{ByteSize, ConfigError, FileMode, Listen, LogFormat};
 use ipnet::IpNet;
+pub use kubernetes::{Kubernetes, Pool, Selector};
 use proto::AgentName;
 use serde::Deserialize;
 
@@ -36,7 +38,10 @@ pub struct Config {
     /// Where requests come in.
     #[serde(default = "defaults::frontends")]
     pub frontends: Vec<Frontend>,
-    /// Nodes whose agent has another name, or that are asked for by address.
+    /// What the cluster knows of its nodes; without it nothing of Kubernetes is asked.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
+    /// Nodes whose agent has another name, or that are asked for by address. They go before what the cluster says.
     #[serde(default)]
     pub routes: Vec<RouteEntry>,
     /// Time limits of a request.

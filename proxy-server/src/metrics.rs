@@ -68,6 +68,53 @@ pub struct ResultLabels {
     pub result: &'static str,
 }
 
+/// Labels of a count of nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct NodeLabels {
+    /// `all`, `ready` or `edge`.
+    pub kind: &'static str,
+}
+
+/// What is known of the cluster; registered only where Kubernetes is asked.
+#[derive(Debug, Clone, Default)]
+pub struct ClusterMetrics {
+    /// 1 once all nodes were read.
+    pub synced: Gauge,
+    /// Seconds since kube-apiserver last answered, -1 if it never did.
+    pub age: Gauge,
+    /// Nodes.
+    pub nodes: Family<NodeLabels, Gauge>,
+    /// Lists and watches that failed.
+    pub failures: Counter,
+}
+
+impl ClusterMetrics {
+    /// Registers them.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "cluster_synced",
+            "Whether all nodes of the cluster were read once",
+            self.synced.clone(),
+        );
+        registry.register_with_unit(
+            "cluster_age",
+            "Since kube-apiserver last answered, -1 if it never did",
+            Unit::Seconds,
+            self.age.clone(),
+        );
+        registry.register(
+            "cluster_nodes",
+            "Nodes of the cluster: all, ready, and those at the edge by label, annotation or pool",
+            self.nodes.clone(),
+        );
+        registry.register(
+            "cluster_failures",
+            "Lists and watches of nodes that failed",
+            self.failures.clone(),
+        );
+    }
+}
+
 /// The metrics. Clones are handles to the same ones.
 #[derive(Debug, Clone)]
 pub struct Metrics {

@@ -189,7 +189,7 @@ impl Reloader {
         self.backend.forwarder.routing.table.store(Arc::new(table));
         if needs_restart(&self.running, &new) {
             tracing::warn!(
-                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin"
+                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes"
             );
         }
         self.running = new;
@@ -225,6 +225,7 @@ fn needs_restart(old: &Config, new: &Config) -> bool {
         || old.drain != new.drain
         || old.observe != new.observe
         || old.admin != new.admin
+        || old.kubernetes != new.kubernetes
 }
 
 /// A frontend's TLS as a value that can be swapped.

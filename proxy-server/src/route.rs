@@ -1,10 +1,14 @@
-//! Which agent serves a destination. Pure: a table made of the configuration and the agents that are known.
+//! Which agent serves a destination. Pure: a table made of the configuration, the cluster's nodes, and the agents that
+//! are known. What an agent says of its own addresses counts for nothing.
+//!
+//! In this order:
 //!
 //! | destination | route |
 //! | --- | --- |
 //! | name in `routes` | that entry's agent; it dials the entry's address, if it has one and is another machine |
-//! | name of a known agent (it enrolled, or has or had a session) | that agent |
 //! | address in `routes`, the most specific entry first | its agent; two agents at the same length: refused, both named |
+//! | name or address of a node of the cluster | [`ClusterTable`] |
+//! | name of a known agent (it enrolled, or has or had a session) | that agent: an edge outside the cluster |
 //! | anything else | not at the edge: the frontend's own default |
 
 use std::collections::{BTreeSet, HashMap};
@@ -13,6 +17,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use proto::{AgentName, Destination, Host, Reason};
 
+use crate::cluster::ClusterTable;
 use crate::config::{Cidr, RouteEntry};
 use crate::error::Refusal;
 
@@ -25,8 +30,9 @@ pub enum Route {
         agent: AgentName,
         /// The node's name.
         node: String,
-        /// What the agent dials in place of that name: the node is another machine than the agent's.
-        address: Option<IpAddr>,
+        /// What the agent dials in place of what was asked for: the node is another machine than the agent's, or the
+        /// agent does not know that name.
+        dialled: Option<Host>,
     },
     /// Not at the edge.
     Elsewhere,
@@ -69,55 +75,69 @@ impl RouteTable {
     pub fn route(
         &self,
         destination: &Destination,
+        cluster: &ClusterTable,
         known: impl Fn(&AgentName) -> bool,
     ) -> Result<Route, Refusal> {
-        match &destination.host {
-            Host::Name(name) => Ok(self.by_name(name, known)),
+        let configured = match &destination.host {
+            Host::Name(name) => self.by_name(name).map(Ok),
             Host::Ip(ip) => self.by_address(*ip),
-        }
-    }
-
-    fn by_name(&self, name: &str, known: impl Fn(&AgentName) -> bool) -> Route {
-        if let Some((agent, address)) = self.names.get(name) {
-            return Route::Edge {
-                agent: agent.clone(),
-                node: name.to_owned(),
-                address: *address,
-            };
-        }
-        match name.parse::<AgentName>() {
-            Ok(agent) if known(&agent) => Route::Edge {
-                node: name.to_owned(),
-                agent,
-                address: None,
-            },
-            Ok(_) | Err(_) => Route::Elsewhere,
-        }
-    }
-
-    fn by_address(&self, ip: IpAddr) -> Result<Route, Refusal> {
-        let mut fitting = self.nets.iter().filter(|(net, ..)| net.contains(&ip));
-        let Some((longest, node, agent)) = fitting.next() else {
-            return Ok(Route::Elsewhere);
         };
+        configured
+            .or_else(|| cluster.route(destination, &known))
+            .unwrap_or_else(|| Ok(by_agent(destination, known)))
+    }
+
+    /// Names of configured nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = (&str, &AgentName)> {
+        self.names
+            .iter()
+            .map(|(node, (agent, _))| (node.as_str(), agent))
+    }
+
+    fn by_name(&self, name: &str) -> Option<Route> {
+        let (agent, address) = self.names.get(name)?;
+        Some(Route::Edge {
+            agent: agent.clone(),
+            node: name.to_owned(),
+            dialled: address.map(Host::Ip),
+        })
+    }
+
+    fn by_address(&self, ip: IpAddr) -> Option<Result<Route, Refusal>> {
+        let mut fitting = self.nets.iter().filter(|(net, ..)| net.contains(&ip));
+        let (longest, node, agent) = fitting.next()?;
         let rivals: BTreeSet<&str> = fitting
             .take_while(|(net, ..)| net.prefix_len() == longest.prefix_len())
             .filter(|(_, _, other)| other != agent)
             .map(|(_, node, _)| node.as_str())
             .collect();
         if rivals.is_empty() {
-            return Ok(Route::Edge {
+            return Some(Ok(Route::Edge {
                 agent: agent.clone(),
                 node: node.clone(),
-                address: None,
-            });
+                dialled: None,
+            }));
         }
         let names: BTreeSet<&str> = rivals.into_iter().chain([node.as_str()]).collect();
         let names = names.into_iter().collect::<Vec<_>>().join(" and ");
-        Err(Refusal {
+        Some(Err(Refusal {
             reason: Reason::AmbiguousDestination,
             sentence: format!("address {ip} is that of nodes {names}: ask by node name"),
-        })
+        }))
+    }
+}
+
+fn by_agent(destination: &Destination, known: impl Fn(&AgentName) -> bool) -> Route {
+    let Host::Name(name) = &destination.host else {
+        return Route::Elsewhere;
+    };
+    match name.parse::<AgentName>() {
+        Ok(agent) if known(&agent) => Route::Edge {
+            node: name.clone(),
+            agent,
+            dialled: None,
+        },
+        Ok(_) | Err(_) => Route::Elsewhere,
     }
 }
 
@@ -148,30 +168,32 @@ mod tests {
         let Ok(to) = to.parse() else {
             panic!("{to} is no destination")
         };
-        table().route(&to, |agent| agent.as_str() == "edge9")
+        table().route(&to, &ClusterTable::default(), |agent| {
+            agent.as_str() == "edge9"
+        })
     }
 
     fn edge(node: &str, agent: &str) -> Route {
         Route::Edge {
             agent: agent.parse().unwrap(),
             node: node.into(),
-            address: None,
+            dialled: None,
         }
     }
 
     #[test]
     fn a_node_behind_another_machines_agent_is_dialled_by_its_address() {
-        let Route::Edge { agent, address, .. } = route("lathe:10250").unwrap() else {
+        let Route::Edge { agent, dialled, .. } = route("lathe:10250").unwrap() else {
             panic!()
         };
         assert_eq!(
-            (agent.as_str(), address),
+            (agent.as_str(), dialled),
             ("site-a", Some("10.9.0.7".parse().unwrap()))
         );
-        let Route::Edge { address, .. } = route("edge1:10250").unwrap() else {
+        let Route::Edge { dialled, .. } = route("edge1:10250").unwrap() else {
             panic!()
         };
-        assert_eq!(address, None, "an agent knows its own node");
+        assert_eq!(dialled, None, "an agent knows its own node");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use proto::transport::tcp::{self, TcpRecv, TcpSend};
 use proto::transport::{SendHalf, Session, StreamError};
 use proto::wire::{StreamHeader, StreamReply, encode, pb};
 use proto::{
-    AgentName, Budget, Destination, Early, FrameReader, Host, Local, ReadFrameError, Reason, Relay,
+    AgentName, Budget, Destination, Early, FrameReader, Local, ReadFrameError, Reason, Relay,
     RelayEnd, read_frame_within, relay, session_over,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -31,6 +31,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::Cluster;
 use crate::config::{Elsewhere, Timeouts};
 use crate::error::Refusal;
 use crate::limits::Limits;
@@ -52,6 +53,8 @@ pub struct Routing {
     pub table: ArcSwap<RouteTable>,
     /// Names of agents that enrolled.
     pub enrolled: ArcSwap<std::collections::HashSet<AgentName>>,
+    /// What the cluster knows.
+    pub cluster: Arc<Cluster>,
 }
 
 /// Carries requests to where they want to go.
@@ -169,7 +172,8 @@ impl Forwarder {
     pub fn route(&self, destination: &Destination) -> Result<Route, Refusal> {
         let enrolled = self.routing.enrolled.load();
         let known = |agent: &AgentName| enrolled.contains(agent) || self.registry.knows(agent);
-        self.routing.table.load().route(destination, known)
+        let (table, cluster) = (self.routing.table.load(), self.routing.cluster.table());
+        table.route(destination, &cluster, known)
     }
 
     async fn try_open(
@@ -186,11 +190,11 @@ impl Forwarder {
             Route::Edge {
                 agent,
                 node,
-                address,
+                dialled,
             } => {
                 record.path = Path::Tunnel;
                 record.node.clone_from(&node);
-                let host = address.map_or_else(|| destination.host.clone(), Host::Ip);
+                let host = dialled.unwrap_or_else(|| destination.host.clone());
                 let dialled = Destination {
                     host,
                     port: destination.port,
@@ -201,7 +205,15 @@ impl Forwarder {
                 Ok((halves, early, permit))
             }
             Route::Elsewhere => match elsewhere {
-                Elsewhere::Refuse => Err(Refusal::about(destination, Reason::UnknownDestination)),
+                Elsewhere::Refuse => {
+                    let detail = if self.routing.cluster.is_waiting() {
+                        "the cluster's nodes are not known yet"
+                    } else {
+                        ""
+                    };
+                    let reason = Reason::UnknownDestination;
+                    Err(Refusal::detailed(destination, reason, detail))
+                }
                 Elsewhere::Direct => {
                     record.path = Path::Direct;
                     let own = self.own.load();

@@ -42,6 +42,9 @@ pub(super) fn check(config: &Config, file: &Path) -> Result<(), ConfigError> {
     );
     frontends(config, &mut problems);
     routes(config, &mut problems);
+    if let Some(kubernetes) = &config.kubernetes {
+        super::kubernetes::check(kubernetes, &mut problems);
+    }
     for (key, value) in [
         ("timeouts.header", config.timeouts.header),
         ("timeouts.dial", config.timeouts.dial),

@@ -7,6 +7,8 @@
 )]
 
 mod agents;
+mod api;
+mod cluster;
 mod connect;
 mod drain;
 mod intercept;

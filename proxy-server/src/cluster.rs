@@ -1,0 +1,149 @@
+//! What the cluster knows of its nodes, and how fresh that is. The only place that asks Kubernetes anything.
+//!
+//! The nodes are read in pages, then watched; each change makes a new [`ClusterTable`], which routing reads. Without the
+//! `kubernetes:` section nothing here runs and the table is empty.
+//!
+//! | state | from it by | routes |
+//! | --- | --- | --- |
+//! | never synced (start) | the last page of the first list | configured ones, and agents by name |
+//! | synced | – | the snapshot's, kept current by the watch |
+//! | apiserver away | the watch resumes, or a new list is complete | those of the last snapshot, all of them, however long |
+//! | list begun anew | its last page | those of the last snapshot until then, at once the new ones |
+//!
+//! | failure | what happens |
+//! | --- | --- |
+//! | kube-apiserver can't be reached, 5xx, 429 | the watch is resumed where it was, with back-off up to 10 s; after 8 in a row all is read anew |
+//! | 410 Gone (in the watch, at its start, within the pages) | all is read anew; nothing is dropped meanwhile |
+//! | 401, 403, an unreadable kubeconfig | said in log, `status` and gauges; credentials and all nodes are read anew, with back-off |
+//! | it says nothing, not even the end of a watch that was asked to last a minute | the connection is given up after 150 s |
+//! | a Node that can't be read | that answer counts as a failure; the last snapshot stays |
+//!
+//! Nothing waits for the first sync: kube-apiserver may need this server to get up itself (docs/adr/0006). Connections
+//! to kube-apiserver are dialled straight to the address that it has been given, past every proxy setting, so they never
+//! come back to our own frontends. Nothing is written to the cluster, and nothing about nodes to the disk.
+
+mod client;
+pub mod nodes;
+mod table;
+mod watch;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+pub(crate) use client::Source;
+use nodes::Nodes;
+use parking_lot::Mutex;
+pub use table::ClusterTable;
+use tokio::time::Instant;
+pub(crate) use watch::Watch;
+
+use crate::metrics::{ClusterMetrics, NodeLabels};
+
+/// What is known of the cluster. The default is that of a server without the `kubernetes:` section.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    table: ArcSwap<ClusterTable>,
+    freshness: Mutex<Freshness>,
+    metrics: ClusterMetrics,
+}
+
+/// How current the table is.
+#[derive(Debug, Clone, Default)]
+pub struct Freshness {
+    /// Kubernetes is asked at all.
+    pub configured: bool,
+    /// All nodes were read once.
+    pub synced: bool,
+    /// When kube-apiserver last answered well.
+    pub answered: Option<Instant>,
+    /// Why it does not, since then.
+    pub failure: Option<String>,
+}
+
+impl Freshness {
+    /// Since when kube-apiserver has not answered. A healthy watch is renewed every minute.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        self.answered.map(|at| at.elapsed())
+    }
+}
+
+impl Cluster {
+    /// Of a server that asks Kubernetes: with gauges, and not synced yet.
+    #[must_use]
+    pub fn configured(metrics: &daemon::Metrics) -> Self {
+        let cluster = Self::default();
+        cluster.freshness.lock().configured = true;
+        metrics.register(|registry| cluster.metrics.register(registry));
+        cluster.export();
+        cluster
+    }
+
+    /// The nodes now.
+    pub fn table(&self) -> Arc<ClusterTable> {
+        self.table.load_full()
+    }
+
+    /// How current they are.
+    pub fn freshness(&self) -> Freshness {
+        self.freshness.lock().clone()
+    }
+
+    /// Whether nodes are still to be read for the first time.
+    pub fn is_waiting(&self) -> bool {
+        let freshness = self.freshness.lock();
+        freshness.configured && !freshness.synced
+    }
+
+    /// Sets the gauges that time changes.
+    pub fn export(&self) {
+        let freshness = self.freshness();
+        let seconds = |age: Duration| i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
+        self.metrics.age.set(freshness.age().map_or(-1, seconds));
+        self.metrics.synced.set(freshness.synced.into());
+    }
+
+    fn publish(&self, nodes: Nodes) {
+        let count = |kind, number: usize| {
+            let gauge = self
+                .metrics
+                .nodes
+                .get_or_create(&NodeLabels { kind })
+                .clone();
+            gauge.set(i64::try_from(number).unwrap_or(i64::MAX));
+        };
+        count("all", nodes.len());
+        count("ready", nodes.values().filter(|node| node.ready).count());
+        count("edge", nodes.values().filter(|node| node.edge).count());
+        self.table.store(Arc::new(ClusterTable::new(nodes)));
+    }
+
+    /// All nodes were read.
+    fn synced(&self) {
+        self.freshness.lock().synced = true;
+        self.export();
+    }
+
+    /// kube-apiserver answered well.
+    fn answered(&self) {
+        let mut freshness = self.freshness.lock();
+        freshness.answered = Some(Instant::now());
+        if freshness.failure.take().is_some() {
+            tracing::info!("kube-apiserver answers again");
+        }
+    }
+
+    /// It did not. Told once until it does.
+    fn failed(&self, why: String) {
+        self.metrics.failures.inc();
+        let mut freshness = self.freshness.lock();
+        if freshness.failure.is_none() {
+            tracing::warn!(
+                error = why,
+                "the cluster's nodes can't be followed, the last known stay"
+            );
+        }
+        freshness.failure = Some(why);
+    }
+}

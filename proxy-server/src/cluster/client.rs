@@ -1,0 +1,127 @@
+//! Where kube-apiserver is and who we are to it: a kubeconfig or the pod's service account.
+//!
+//! Read at start, where a mistake ends the start, and again whenever all nodes are read anew, so that a renewed
+//! credential is used. Proxies of the kubeconfig or the environment are not used: one of them might be ourselves.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Response;
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::{Client, ClientBuilder, ConfigExt as _};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use tower::ServiceBuilder;
+use tower::timeout::TimeoutLayer;
+
+use super::Cluster;
+use crate::config::Kubernetes;
+
+/// For a TCP connect.
+const CONNECT: Duration = Duration::from_secs(5);
+/// For the head of an answer, connect and TLS included; kube-apiserver sends that of a watch at once. Its own limit for
+/// a list is 60 s, of which a page of 500 nodes needs a small part.
+const ANSWER: Duration = Duration::from_secs(30);
+/// A peer that has vanished is noticed, while the watch is silent.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    #[error("read the kubeconfig")]
+    Kubeconfig(#[source] kube::config::KubeconfigError),
+    #[error("use the service account of this pod")]
+    InCluster(#[source] kube::config::InClusterError),
+    #[error("build the client of kube-apiserver")]
+    Build(#[source] kube::Error),
+    #[error("kube-apiserver's address {0} is a listener of this very server")]
+    Ourselves(SocketAddr),
+}
+
+/// Where a client comes from.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    Kubeconfig(PathBuf),
+    InCluster,
+}
+
+impl Source {
+    pub(crate) fn new(kubernetes: &Kubernetes) -> Self {
+        kubernetes
+            .kubeconfig
+            .clone()
+            .map_or(Self::InCluster, Self::Kubeconfig)
+    }
+
+    /// Reads what can be read without kube-apiserver; what is wrong with it is a mistake of the operator.
+    pub(crate) fn check(&self, own: &[SocketAddr]) -> Result<(), ClientError> {
+        let url = match self {
+            Self::Kubeconfig(file) => {
+                let read = Kubeconfig::read_from(file).map_err(ClientError::Kubeconfig)?;
+                let current = read.current_context.clone();
+                let context = read
+                    .contexts
+                    .iter()
+                    .find(|c| Some(&c.name) == current.as_ref());
+                let context = context.and_then(|c| c.context.as_ref());
+                let cluster = context
+                    .and_then(|c| read.clusters.iter().find(|named| named.name == c.cluster));
+                cluster.and_then(|c| c.cluster.as_ref()?.server.clone())
+            }
+            Self::InCluster => {
+                let config = kube::Config::incluster().map_err(ClientError::InCluster)?;
+                Some(config.cluster_url.to_string())
+            }
+        };
+        let uri = url.and_then(|url| url.parse::<http::Uri>().ok());
+        let host = uri.as_ref().and_then(http::Uri::host).unwrap_or_default();
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let port = uri.as_ref().and_then(http::Uri::port_u16).unwrap_or(443);
+        if let Ok(ip) = host.parse() {
+            let address = SocketAddr::new(ip, port);
+            if crate::path::direct::is_own(address, own) {
+                return Err(ClientError::Ourselves(address));
+            }
+        }
+        Ok(())
+    }
+
+    /// A client; each good answer is noted in `cluster`.
+    pub(super) async fn connect(&self, cluster: &Arc<Cluster>) -> Result<Client, ClientError> {
+        let config = match self {
+            Self::Kubeconfig(file) => {
+                let read = Kubeconfig::read_from(file).map_err(ClientError::Kubeconfig)?;
+                let options = KubeConfigOptions::default();
+                kube::Config::from_custom_kubeconfig(read, &options)
+                    .await
+                    .map_err(ClientError::Kubeconfig)?
+            }
+            Self::InCluster => kube::Config::incluster().map_err(ClientError::InCluster)?,
+        };
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(CONNECT));
+        tcp.set_keepalive(Some(KEEPALIVE));
+        let connector = config
+            .rustls_https_connector_with_connector(tcp)
+            .map_err(ClientError::Build)?;
+        let cluster = Arc::clone(cluster);
+        let note = move |response: Response<hyper::body::Incoming>| {
+            if response.status().is_success() {
+                cluster.answered();
+            }
+            response
+        };
+        // kube's own stack logs each refused connection as an error of its own.
+        let service = ServiceBuilder::new()
+            .layer(config.base_uri_layer())
+            .option_layer(config.auth_layer().map_err(ClientError::Build)?)
+            .layer(TimeoutLayer::new(ANSWER))
+            .map_response(note)
+            .service(HttpClient::builder(TokioExecutor::new()).build(connector));
+        Ok(ClientBuilder::new(service, config.default_namespace).build())
+    }
+}

@@ -1,0 +1,327 @@
+//! Where the nodes of a snapshot are. Pure: nodes in, routes out; nothing is asked and nothing is guessed.
+//!
+//! | destination | route |
+//! | --- | --- |
+//! | name of a node | its agent if it is at the edge, else not at the edge |
+//! | another name of one node (Hostname, InternalDNS, ExternalDNS) | as its name; a node's own name goes before |
+//! | address of one node | as its name, dialled as it was asked for |
+//! | name or address that several nodes claim, one at the edge among them | refused, all named; unless one agent serves all of them |
+//! | name or address that nodes claim, none at the edge | not at the edge |
+//! | anything else | not known here |
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proto::{AgentName, Destination, Host, Reason};
+
+use super::nodes::{Node, Nodes};
+use crate::error::Refusal;
+use crate::route::Route;
+
+/// So many of the nodes that share an address are named; the rest is counted.
+const NAMED: usize = 5;
+
+/// The nodes of one moment, and who claims which name and address.
+#[derive(Debug, Default)]
+pub struct ClusterTable {
+    nodes: Nodes,
+    aliases: HashMap<String, Vec<Arc<Node>>>,
+    addresses: HashMap<IpAddr, Vec<Arc<Node>>>,
+}
+
+impl ClusterTable {
+    /// The table of these nodes.
+    #[must_use]
+    pub fn new(nodes: Nodes) -> Self {
+        let mut table = Self::default();
+        for node in nodes.values() {
+            for alias in &node.aliases {
+                let claims = table.aliases.entry(alias.clone()).or_default();
+                claims.push(Arc::clone(node));
+            }
+            for address in &node.addresses {
+                let claims = table.addresses.entry(*address).or_default();
+                claims.push(Arc::clone(node));
+            }
+        }
+        table.nodes = nodes;
+        table
+    }
+
+    /// Every node, by name.
+    pub const fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+
+    /// Routes a destination; `None` if no node has anything to do with it. `known` says whether there is an agent of
+    /// that name.
+    ///
+    /// # Errors
+    /// [`Reason::AmbiguousDestination`], never a guess.
+    pub fn route(
+        &self,
+        destination: &Destination,
+        known: impl Fn(&AgentName) -> bool,
+    ) -> Option<Result<Route, Refusal>> {
+        match &destination.host {
+            Host::Name(name) => {
+                if let Some(node) = self.nodes.get(name) {
+                    return Some(Ok(towards(node, node.dialled(name), known)));
+                }
+                let claims = self.aliases.get(name)?;
+                let dialled = |node: &Node| node.dialled(name);
+                Some(one_of(claims, format_args!("name {name}"), dialled, known))
+            }
+            Host::Ip(ip) => {
+                let claims = self.addresses.get(ip)?;
+                Some(one_of(
+                    claims,
+                    format_args!("address {ip}"),
+                    |_| None,
+                    known,
+                ))
+            }
+        }
+    }
+}
+
+fn towards(node: &Node, dialled: Option<Host>, known: impl Fn(&AgentName) -> bool) -> Route {
+    if !node.is_edge(known) {
+        return Route::Elsewhere;
+    }
+    Route::Edge {
+        agent: node.agent.clone(),
+        node: node.name.clone(),
+        dialled,
+    }
+}
+
+fn one_of(
+    claims: &[Arc<Node>],
+    what: impl Display,
+    dialled: impl Fn(&Node) -> Option<Host>,
+    known: impl Fn(&AgentName) -> bool,
+) -> Result<Route, Refusal> {
+    let Some(first) = claims.iter().find(|node| node.is_edge(&known)) else {
+        return Ok(Route::Elsewhere);
+    };
+    // One machine of a site has the address, and the site's agent finds it: nothing to mix up. By name each claimant
+    // might be dialled at another address.
+    let answer = |node: &Node| (node.agent.clone(), dialled(node));
+    if claims.iter().all(|node| answer(node) == answer(first)) {
+        return Ok(towards(first, dialled(first), known));
+    }
+    let mut names: Vec<&str> = claims.iter().map(|node| node.name.as_str()).collect();
+    names.sort_unstable();
+    let more = names.len().saturating_sub(NAMED);
+    names.truncate(NAMED);
+    let mut named = names.join(" and ");
+    if more > 0 {
+        named = format!("{named} and {more} more");
+    }
+    Err(Refusal {
+        reason: Reason::AmbiguousDestination,
+        sentence: format!("{what} is that of nodes {named}: ask by node name"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::super::nodes::tests::{node, trim};
+    use super::*;
+    use crate::cluster::nodes::AGENT;
+    use crate::config::Kubernetes;
+
+    const EDGE: &str = "openyurt.io/is-edge-worker";
+
+    fn table() -> ClusterTable {
+        let edge = || json!({EDGE: "true"});
+        let site = || json!({AGENT: "site-a"});
+        let nodes = [
+            node(
+                "edge1",
+                edge(),
+                json!({}),
+                &[
+                    ("InternalIP", "192.168.1.10"),
+                    ("InternalIP", "10.0.0.1"),
+                    ("InternalDNS", "one.site"),
+                ],
+            ),
+            node(
+                "edge2",
+                edge(),
+                json!({}),
+                &[
+                    ("InternalIP", "192.168.1.10"),
+                    ("Hostname", "edge1"),
+                    ("InternalDNS", "twins"),
+                ],
+            ),
+            node(
+                "cloud1",
+                json!({}),
+                json!({}),
+                &[
+                    ("InternalIP", "10.0.0.2"),
+                    ("InternalIP", "10.0.0.3"),
+                    ("InternalDNS", "twins"),
+                ],
+            ),
+            node(
+                "cloud2",
+                json!({}),
+                json!({}),
+                &[("InternalIP", "10.0.0.3")],
+            ),
+            node("thief", edge(), json!({}), &[("InternalIP", "10.0.0.2")]),
+            node(
+                "press",
+                json!({}),
+                site(),
+                &[
+                    ("InternalIP", "10.9.0.7"),
+                    ("InternalIP", "10.9.0.1"),
+                    ("InternalDNS", "press.site"),
+                ],
+            ),
+            node(
+                "lathe",
+                json!({}),
+                site(),
+                &[("InternalIP", "10.9.0.7"), ("Hostname", "lathe.site")],
+            ),
+            node("nowhere", json!({}), site(), &[]),
+            node(
+                "joined",
+                json!({}),
+                json!({}),
+                &[("InternalIP", "10.8.0.1")],
+            ),
+        ];
+        let settings = Kubernetes::default();
+        let nodes = nodes.map(|node| Arc::new(trim(node, &settings).unwrap()));
+        ClusterTable::new(nodes.map(|node| (node.name.clone(), node)).into())
+    }
+
+    /// `agent/node/dialled`, `elsewhere`, `unknown` or a refusal's sentence.
+    fn route(to: &str) -> String {
+        let to = format!("{to}:10250").parse().unwrap();
+        match table().route(&to, |agent| agent.as_str() == "joined") {
+            None => "unknown".into(),
+            Some(Ok(Route::Elsewhere)) => "elsewhere".into(),
+            Some(Ok(Route::Edge {
+                agent,
+                node,
+                dialled,
+            })) => match dialled {
+                Some(Host::Ip(ip)) => format!("{agent}/{node}/{ip}"),
+                Some(Host::Name(name)) => format!("{agent}/{node}/{name}"),
+                None => format!("{agent}/{node}"),
+            },
+            Some(Err(refusal)) => {
+                assert_eq!(refusal.reason, Reason::AmbiguousDestination);
+                refusal.sentence
+            }
+        }
+    }
+
+    #[test]
+    fn names_and_addresses_lead_to_their_node() {
+        for (to, wanted) in [
+            ("edge1", "edge1/edge1"),
+            ("one.site", "edge1/edge1/edge1"),
+            ("edge2", "edge2/edge2"),
+            ("10.0.0.1", "edge1/edge1"),
+            (
+                "192.168.1.10",
+                "address 192.168.1.10 is that of nodes edge1 and edge2: ask by node name",
+            ),
+            ("cloud1", "elsewhere"),
+            ("10.0.0.3", "elsewhere"),
+            (
+                "10.0.0.2",
+                "address 10.0.0.2 is that of nodes cloud1 and thief: ask by node name",
+            ),
+            (
+                "twins",
+                "name twins is that of nodes cloud1 and edge2: ask by node name",
+            ),
+            ("press", "site-a/press/10.9.0.7"),
+            ("press.site", "site-a/press/10.9.0.7"),
+            ("lathe.site", "site-a/lathe/10.9.0.7"),
+            ("10.9.0.7", "site-a/lathe"),
+            ("10.9.0.1", "site-a/press"),
+            ("nowhere", "site-a/nowhere"),
+            ("joined", "joined/joined"),
+            ("10.8.0.1", "joined/joined"),
+            ("site-a", "unknown"),
+            ("webhook.default.svc", "unknown"),
+            ("203.0.113.1", "unknown"),
+        ] {
+            assert_eq!(route(to), wanted, "{to}");
+        }
+    }
+
+    #[test]
+    fn of_many_claimants_some_are_named() {
+        let settings = Kubernetes::default();
+        let claim = |i: u32| {
+            let claim = node(
+                &format!("n{i}"),
+                json!({EDGE: "true"}),
+                json!({}),
+                &[("ExternalIP", "203.0.113.9")],
+            );
+            let claim = trim(claim, &settings).unwrap();
+            (claim.name.clone(), Arc::new(claim))
+        };
+        let table = ClusterTable::new((0..9).map(claim).collect());
+        let refused = table.route(&"203.0.113.9:1".parse().unwrap(), |_| false);
+        let sentence = refused.unwrap().unwrap_err().sentence;
+        assert!(
+            sentence.contains("n0 and n1 and n2 and n3 and n4 and 4 more:"),
+            "{sentence}"
+        );
+    }
+
+    proptest! {
+        /// Whatever nodes claim: an address leads to a node that claims it or nowhere, and to an agent only if every
+        /// claimant has that agent.
+        #[test]
+        fn nothing_is_guessed(claims in proptest::collection::vec((0_u8..4, 0_u8..3, any::<bool>()), 0..12)) {
+            let settings = Kubernetes::default();
+            let mut nodes = Nodes::new();
+            for (i, (host, agent, edge)) in claims.iter().enumerate() {
+                let labels = if *edge { json!({EDGE: "true"}) } else { json!({}) };
+                let annotations = if *agent == 0 { json!({}) } else { json!({AGENT: format!("a{agent}")}) };
+                let address = format!("10.0.0.{host}");
+                let node = trim(node(&format!("n{i}"), labels, annotations, &[("InternalIP", &address)]), &settings).unwrap();
+                nodes.insert(node.name.clone(), Arc::new(node));
+            }
+            let table = ClusterTable::new(nodes.clone());
+            for host in 0..4 {
+                let ip: IpAddr = format!("10.0.0.{host}").parse().unwrap();
+                let to = format!("{ip}:1").parse().unwrap();
+                let owners: Vec<_> = nodes.values().filter(|node| node.addresses.contains(&ip)).collect();
+                match table.route(&to, |_| false) {
+                    None => prop_assert!(owners.is_empty()),
+                    Some(Ok(Route::Elsewhere)) => prop_assert!(owners.iter().all(|node| !node.edge)),
+                    Some(Ok(Route::Edge { agent, node, .. })) => {
+                        prop_assert!(owners.iter().all(|owner| owner.agent == agent));
+                        prop_assert!(owners.iter().any(|owner| owner.name == node));
+                    }
+                    Some(Err(refusal)) => {
+                        prop_assert_eq!(refusal.reason, Reason::AmbiguousDestination);
+                        prop_assert!(owners.iter().any(|a| owners.iter().any(|b| a.agent != b.agent)));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The `kubernetes:` section: how the cluster is asked, and what of its nodes means what.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use daemon::Problems;
+use proto::AgentName;
+use serde::Deserialize;
+
+/// What is known of nodes comes from a cluster. Without this section nothing of Kubernetes is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// The file that says where kube-apiserver is and who we are.
+    pub kubeconfig: Option<PathBuf>,
+    /// We run in a pod, whose service account says so.
+    pub in_cluster: bool,
+    /// Nodes with these labels are at the edge, whether or not their agent was ever seen.
+    pub edge_selector: Selector,
+    /// The label that has a node's pool: the first of these that a node has.
+    pub pool_labels: Vec<String>,
+    /// The label that has a node's region.
+    pub region_label: String,
+    /// What goes for all nodes of a pool.
+    pub pools: BTreeMap<String, Pool>,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        let edge = Requirement {
+            key: "openyurt.io/is-edge-worker".to_owned(),
+            wanted: Wanted::Equal("true".to_owned()),
+        };
+        Self {
+            kubeconfig: None,
+            in_cluster: false,
+            edge_selector: Selector(vec![edge]),
+            pool_labels: vec![
+                "apps.openyurt.io/nodepool".to_owned(),
+                "alibabacloud.com/nodepool-id".to_owned(),
+            ],
+            region_label: "topology.kubernetes.io/region".to_owned(),
+            pools: BTreeMap::new(),
+        }
+    }
+}
+
+/// What goes for all nodes of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Pool {
+    /// The one agent that serves them: a site with one way out.
+    pub agent: String,
+}
+
+impl Pool {
+    /// The agent; `None` if it is no name (refused by [`super::load`]).
+    #[must_use]
+    pub fn agent(&self) -> Option<AgentName> {
+        self.agent.parse().ok()
+    }
+}
+
+/// A label selector, of the equality-based kind: `a=b`, `a!=b`, `a` and `!a`, joined by commas, which mean "and". The
+/// empty one selects nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Selector(Vec<Requirement>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Requirement {
+    key: String,
+    wanted: Wanted,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Wanted {
+    Present,
+    Absent,
+    Equal(String),
+    /// Also met by a missing label, as Kubernetes has it.
+    Other(String),
+}
+
+impl Selector {
+    /// Whether these labels meet all requirements.
+    #[must_use]
+    pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
+        let met = |requirement: &Requirement| {
+            let value = labels.get(&requirement.key);
+            match &requirement.wanted {
+                Wanted::Present => value.is_some(),
+                Wanted::Absent => value.is_none(),
+                Wanted::Equal(wanted) => value == Some(wanted),
+                Wanted::Other(other) => value != Some(other),
+            }
+        };
+        !self.0.is_empty() && self.0.iter().all(met)
+    }
+}
+
+impl TryFrom<String> for Selector {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let parts = text
+            .split(',')
+            .map(str::trim)
+            .filter(|part| !part.is_empty());
+        let requirement = |part: &str| {
+            let (key, wanted) = if let Some((key, value)) = part.split_once("!=") {
+                (key, Wanted::Other(value.trim().to_owned()))
+            } else if let Some((key, value)) =
+                part.split_once("==").or_else(|| part.split_once('='))
+            {
+                (key, Wanted::Equal(value.trim().to_owned()))
+            } else if let Some(key) = part.strip_prefix('!') {
+                (key, Wanted::Absent)
+            } else {
+                (part, Wanted::Present)
+            };
+            let key = key.trim();
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+            if key.is_empty() || !key.chars().all(plain) {
+                return Err(format!(
+                    "{part:?} is none of KEY=VALUE, KEY!=VALUE, KEY, !KEY"
+                ));
+            }
+            Ok(Requirement {
+                key: key.to_owned(),
+                wanted,
+            })
+        };
+        parts.map(requirement).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
+    problems.check(
+        kubernetes.kubeconfig.is_some() != kubernetes.in_cluster,
+        "kubernetes",
+        "say either kubeconfig: FILE or inCluster: true",
+    );
+    for (name, pool) in &kubernetes.pools {
+        problems.check(
+            pool.agent().is_some(),
+            format!("kubernetes.pools.{name}.agent"),
+            format!("{:?} is no agent name", pool.agent),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selectors_select_as_those_of_kubernetes() {
+        let labels = [("a", "1"), ("x.io/b", "")];
+        let labels = labels.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        for (selector, wanted) in [
+            ("a=1", true),
+            ("a==1", true),
+            ("a=2", false),
+            ("a!=2", true),
+            ("a!=1", false),
+            ("c!=1", true),
+            ("a", true),
+            ("c", false),
+            ("!c", true),
+            ("!a", false),
+            ("x.io/b=", true),
+            ("a=1, x.io/b", true),
+            ("a=1,c", false),
+            ("", false),
+        ] {
+            let parsed = Selector::try_from(selector.to_owned()).unwrap();
+            assert_eq!(parsed.matches(&labels), wanted, "{selector}");
+        }
+        for bad in ["a in (b)", "=x", "!", "a b"] {
+            assert!(Selector::try_from(bad.to_owned()).is_err(), "{bad}");
+        }
+    }
+}

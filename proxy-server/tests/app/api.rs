@@ -1,0 +1,308 @@
+//! An emulated Kubernetes API that knows nodes: pages, watches with bookmarks, and everything that goes wrong with it.
+//!
+//! It keeps a log of events with resource versions as etcd does, and refuses versions that are compacted away.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// What happens to the next requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mood {
+    Well,
+    /// Every request is answered with this status.
+    Status(u16),
+    /// Pages after the first are refused with 410.
+    PagesGone,
+}
+
+#[derive(Debug)]
+struct State {
+    version: u64,
+    /// Versions up to this one can't be watched from.
+    compacted: u64,
+    nodes: BTreeMap<String, Value>,
+    log: Vec<(u64, Value)>,
+    mood: Mood,
+    /// Requests, as `list`, `list+` (a further page) and `watch`.
+    seen: Vec<&'static str>,
+}
+
+/// The API. Dropping it cuts all its connections.
+pub(crate) struct Api {
+    state: Arc<Mutex<State>>,
+    changed: watch::Sender<()>,
+    address: SocketAddr,
+    server: Option<JoinSet<()>>,
+}
+
+impl Api {
+    pub(crate) async fn start() -> Self {
+        let state = State {
+            version: 100,
+            compacted: 0,
+            nodes: BTreeMap::new(),
+            log: Vec::new(),
+            mood: Mood::Well,
+            seen: Vec::new(),
+        };
+        let mut api = Self {
+            state: Arc::new(Mutex::new(state)),
+            changed: watch::Sender::new(()),
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            server: None,
+        };
+        api.up().await;
+        api
+    }
+
+    /// Listens, on the same port each time.
+    pub(crate) async fn up(&mut self) {
+        let listener = TcpListener::bind(self.address).await.unwrap();
+        self.address = listener.local_addr().unwrap();
+        let (state, changed) = (Arc::clone(&self.state), self.changed.clone());
+        let mut server = JoinSet::new();
+        server.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                let (state, changed) = (Arc::clone(&state), changed.clone());
+                connections.spawn(async move {
+                    let serve = service_fn(|request| {
+                        let answer = answer(&state, &changed, &request);
+                        async move { Ok::<_, Infallible>(answer) }
+                    });
+                    let connection =
+                        http1::Builder::new().serve_connection(TokioIo::new(stream), serve);
+                    connection.await.ok(); // cut by the test or by the client
+                });
+            }
+        });
+        self.server = Some(server);
+    }
+
+    /// Cuts every connection and listens no longer.
+    pub(crate) async fn down(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.shutdown().await;
+        }
+    }
+
+    pub(crate) fn kubeconfig(&self, dir: &Path) -> PathBuf {
+        let file = dir.join("kubeconfig");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{}'}}}}]\n\
+             users: [{{name: u, user: {{}}}}]\ncontexts: [{{name: x, context: {{cluster: c, user: u}}}}]\ncurrent-context: x\n",
+            self.address
+        );
+        std::fs::write(&file, text).unwrap();
+        file
+    }
+
+    /// Creates or changes a node.
+    pub(crate) fn put(&self, node: Value) {
+        let mut state = self.state.lock();
+        state.put(node);
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn put_all(&self, nodes: impl Iterator<Item = Value>) {
+        let mut state = self.state.lock();
+        for node in nodes {
+            state.put(node);
+        }
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn delete(&self, name: &str) {
+        let mut state = self.state.lock();
+        state.version += 1;
+        let version = state.version;
+        let mut node = state.nodes.remove(name).unwrap();
+        node["metadata"]["resourceVersion"] = json!(version.to_string());
+        let event = json!({"type": "DELETED", "object": node});
+        state.log.push((version, event));
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    /// Forgets all history: who watches from an older version is told 410, also watches that run and are behind.
+    pub(crate) fn compact(&self) {
+        let mut state = self.state.lock();
+        state.compacted = state.version;
+        state.log.clear();
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    /// Tells every watch how far it is, although nothing has changed for it.
+    pub(crate) fn bookmark(&self) {
+        let mut state = self.state.lock();
+        state.version += 1;
+        let version = state.version;
+        let object = json!({"kind": "Node", "apiVersion": "v1", "metadata": {"resourceVersion": version.to_string(), "creationTimestamp": null}});
+        state
+            .log
+            .push((version, json!({"type": "BOOKMARK", "object": object})));
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn mood(&self, mood: Mood) {
+        self.state.lock().mood = mood;
+    }
+
+    /// How many requests of that kind came.
+    pub(crate) fn seen(&self, kind: &str) -> usize {
+        self.state
+            .lock()
+            .seen
+            .iter()
+            .filter(|seen| **seen == kind)
+            .count()
+    }
+}
+
+impl State {
+    fn put(&mut self, mut node: Value) {
+        self.version += 1;
+        let name = node["metadata"]["name"].as_str().unwrap().to_owned();
+        node["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let kind = if self.nodes.insert(name, node.clone()).is_some() {
+            "MODIFIED"
+        } else {
+            "ADDED"
+        };
+        self.log
+            .push((self.version, json!({"type": kind, "object": node})));
+    }
+}
+
+fn answer(
+    state: &Arc<Mutex<State>>,
+    changed: &watch::Sender<()>,
+    request: &Request<Incoming>,
+) -> Response<Body> {
+    assert_eq!(request.uri().path(), "/api/v1/nodes");
+    let query: BTreeMap<String, String> = request
+        .uri()
+        .query()
+        .unwrap_or_default()
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
+    let watches = query.contains_key("watch");
+    let mut locked = state.lock();
+    let kind = match (watches, query.contains_key("continue")) {
+        (true, _) => "watch",
+        (false, true) => "list+",
+        (false, false) => "list",
+    };
+    locked.seen.push(kind);
+    match locked.mood {
+        Mood::Status(code) => return status(code),
+        Mood::PagesGone if kind == "list+" => return status(410),
+        Mood::Well | Mood::PagesGone => {}
+    }
+    if watches {
+        let from = query["resourceVersion"].parse::<u64>().unwrap();
+        assert_eq!(query["allowWatchBookmarks"], "true");
+        let seconds = query["timeoutSeconds"].parse().unwrap();
+        drop(locked);
+        return events(state, changed, from, Duration::from_secs(seconds));
+    }
+    let limit: usize = query["limit"].parse().unwrap();
+    let after = query
+        .get("continue")
+        .map(String::as_str)
+        .unwrap_or_default();
+    let mut rest = locked
+        .nodes
+        .iter()
+        .filter(|(name, _)| name.as_str() > after);
+    let page: Vec<_> = rest.by_ref().take(limit).collect();
+    let more = rest.next().is_some();
+    let next = page.last().filter(|_| more).map(|(name, _)| name.as_str());
+    let items: Vec<_> = page.iter().map(|(_, node)| *node).collect();
+    let list = json!({
+        "kind": "NodeList", "apiVersion": "v1",
+        "metadata": {"resourceVersion": locked.version.to_string(), "continue": next.unwrap_or_default()},
+        "items": items,
+    });
+    whole(StatusCode::OK, &list)
+}
+
+fn status(code: u16) -> Response<Body> {
+    let reason = if code == 410 { "Expired" } else { "Other" };
+    let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": format!("said with {code}"), "reason": reason, "code": code});
+    whole(StatusCode::from_u16(code).unwrap(), &status)
+}
+
+fn whole(status: StatusCode, body: &Value) -> Response<Body> {
+    let mut response = Response::new(Full::new(Bytes::from(body.to_string())).boxed_unsync());
+    *response.status_mut() = status;
+    response
+}
+
+fn events(
+    state: &Arc<Mutex<State>>,
+    changed: &watch::Sender<()>,
+    from: u64,
+    limit: Duration,
+) -> Response<Body> {
+    let (state, changed) = (Arc::clone(state), changed.subscribe());
+    let ends = tokio::time::Instant::now() + limit;
+    let stream = futures_util::stream::unfold(
+        (from, changed, false),
+        move |(from, mut changed, over)| {
+            let state = Arc::clone(&state);
+            async move {
+                while !over {
+                    changed.borrow_and_update();
+                    let (line, next, over) = {
+                        let state = state.lock();
+                        if from < state.compacted {
+                            let gone = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "too old resource version", "reason": "Expired", "code": 410});
+                            (Some(json!({"type": "ERROR", "object": gone})), from, true)
+                        } else {
+                            let next = state.log.iter().find(|(version, _)| *version > from);
+                            let line = next.map(|(_, event)| event.clone());
+                            (line, next.map_or(from, |(version, _)| *version), false)
+                        }
+                    };
+                    if let Some(line) = line {
+                        let frame = Frame::data(Bytes::from(format!("{line}\n")));
+                        return Some((Ok::<_, Infallible>(frame), (next, changed, over)));
+                    }
+                    tokio::select! {
+                        change = changed.changed() => change.ok()?,
+                        () = tokio::time::sleep_until(ends) => return None,
+                    }
+                }
+                None
+            }
+        },
+    );
+    Response::new(StreamBody::new(stream).boxed_unsync())
+}
