@@ -9,10 +9,11 @@ use certs::{Clock, Credential, Issuer, Name, NewToken, Store, TrustDomain};
 use daemon::{Exit, Listen};
 use secrecy::ExposeSecret as _;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::cli::StateArgs;
 use crate::config::{self, Overrides};
-use crate::status::{self, SessionStatus};
+use crate::status::{self, ClusterStatus, NodeStatus, SessionStatus};
 
 /// Prints to standard output.
 pub fn say(text: &str) -> Exit {
@@ -271,16 +272,33 @@ pub fn cert_issue(
 /// # Errors
 /// No server answers on the socket.
 pub fn status(socket: &Path, json: bool) -> anyhow::Result<String> {
+    let sessions: Vec<SessionStatus> = ask(socket, "/sessions")?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&sessions)?);
+    }
+    let cluster: ClusterStatus = ask(socket, "/cluster")?;
+    Ok(cluster.lines() + &status::table(&sessions))
+}
+
+/// `nodes`
+///
+/// # Errors
+/// No server answers on the socket.
+pub fn nodes(socket: &Path, json: bool) -> anyhow::Result<String> {
+    let nodes: Vec<NodeStatus> = ask(socket, "/nodes")?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&nodes)?);
+    }
+    Ok(status::node_table(&nodes))
+}
+
+fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let listen = Listen::Unix(socket.to_owned());
     let body = runtime
-        .block_on(daemon::admin::client::get(&listen, "/sessions"))
+        .block_on(daemon::admin::client::get(&listen, path))
         .with_context(|| format!("ask the server at {}", socket.display()))?;
-    let sessions: Vec<SessionStatus> = serde_json::from_slice(&body).context("read the answer")?;
-    if json {
-        return Ok(serde_json::to_string_pretty(&sessions)?);
-    }
-    Ok(status::table(&sessions))
+    serde_json::from_slice(&body).context("read the answer")
 }

@@ -3,7 +3,7 @@
 //! An agent that reconnects has a new session while the old one is not dead yet. Newer sessions are preferred, suspect
 //! ones and those told to go are used only when there is nothing else, and old ones are kept until they end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::SystemTime;
@@ -141,6 +141,14 @@ impl<S: Session> Registry<S> {
     /// Whether the agent has or had a session.
     pub fn knows(&self, agent: &AgentName) -> bool {
         self.0.lock().contains_key(agent)
+    }
+
+    /// Agents that have or had a session, and whether they have one.
+    pub fn names(&self) -> BTreeMap<AgentName, bool> {
+        let agents = self.0.lock();
+        let open =
+            |(name, agent): (&AgentName, &Agent<S>)| (name.clone(), !agent.sessions.is_empty());
+        agents.iter().map(open).collect()
     }
 
     /// Every session, by agent and age.

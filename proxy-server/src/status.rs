@@ -1,8 +1,12 @@
-//! What an operator sees of the sessions: the admin endpoint's JSON, and `proxy-server status` that shows it.
+//! What an operator sees of sessions and nodes: the admin endpoint's JSON, and `proxy-server status` and `nodes` that
+//! show it.
+
+mod nodes;
 
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 
+pub use nodes::{ClusterStatus, NodeStatus, cluster, nodes, table as node_table};
 use proto::transport::Session;
 use serde::{Deserialize, Serialize};
 
@@ -88,14 +92,13 @@ pub fn table(sessions: &[SessionStatus]) -> String {
         "VERSION",
         "STATE",
     ];
-    let mut rows = vec![header.map(str::to_owned)];
-    for s in sessions {
+    let row = |s: &SessionStatus| {
         let state = match (s.suspect, s.going) {
             (true, _) => "suspect",
             (false, true) => "going",
             (false, false) => "ok",
         };
-        rows.push([
+        [
             s.agent.clone(),
             s.session.clone(),
             s.remote.clone(),
@@ -107,9 +110,16 @@ pub fn table(sessions: &[SessionStatus]) -> String {
             s.since.clone(),
             s.version.clone(),
             state.to_owned(),
-        ]);
-    }
-    let mut widths = [0_usize; 11];
+        ]
+    };
+    rows(header, sessions.iter().map(row))
+}
+
+/// Rows under a header, in columns.
+fn rows<const N: usize>(header: [&str; N], rest: impl Iterator<Item = [String; N]>) -> String {
+    let mut rows = vec![header.map(str::to_owned)];
+    rows.extend(rest);
+    let mut widths = [0_usize; N];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.len());
@@ -125,6 +135,10 @@ pub fn table(sessions: &[SessionStatus]) -> String {
         out.push('\n');
     }
     out
+}
+
+const fn yes(is: bool) -> &'static str {
+    if is { "yes" } else { "no" }
 }
 
 /// Bytes in the largest binary unit that leaves a number of at least 1.

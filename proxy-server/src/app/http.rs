@@ -36,10 +36,20 @@ pub(super) fn serve(
     let mut all = vec![(observe, routes)];
     for endpoint in admin {
         let (server, registry) = (config.name.clone(), forwarder.registry.clone());
-        let routes = Routes::admin(log.clone()).get("/sessions", move |_request| {
-            let reply = Reply::json(&status::sessions(&server, &registry));
-            async move { reply }
-        });
+        let (of_nodes, of_cluster) = (Arc::clone(forwarder), Arc::clone(forwarder));
+        let routes = Routes::admin(log.clone())
+            .get("/sessions", move |_request| {
+                let reply = Reply::json(&status::sessions(&server, &registry));
+                async move { reply }
+            })
+            .get("/nodes", move |_request| {
+                let reply = Reply::json(&status::nodes(&of_nodes));
+                async move { reply }
+            })
+            .get("/cluster", move |_request| {
+                let reply = Reply::json(&status::cluster(&of_cluster));
+                async move { reply }
+            });
         all.push((endpoint, routes));
     }
     for (endpoint, routes) in all {

@@ -25,7 +25,7 @@ use crate::config::Kubernetes;
 /// The annotation by which a node names the agent that serves it.
 pub const AGENT: &str = "corvid.io/agent";
 /// Where a kubelet listens that does not say where.
-const KUBELET_PORT: u16 = 10250;
+pub const KUBELET_PORT: u16 = 10250;
 
 /// What is read of a Node; the rest is skipped while it is parsed.
 #[derive(Debug, Clone, Deserialize)]

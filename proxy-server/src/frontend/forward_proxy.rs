@@ -4,6 +4,7 @@
 //! Who may use it: a client certificate, a bearer token or a password ([`Credentials`]). Only destinations at the edge
 //! are reached, never anything else.
 
+mod discovery;
 mod pool;
 
 use std::convert::Infallible;
@@ -128,6 +129,14 @@ impl ForwardProxy {
                 sentence,
             });
         };
+        let uri = request.uri();
+        if request.method() == Method::GET
+            && uri.authority().is_none()
+            && uri.path().starts_with(discovery::PREFIX)
+        {
+            tracing::info!(target: "access", frontend = NAME, requester, path = uri.path(), "discovery");
+            return discovery::answer(&self.forwarder, uri.path());
+        }
         let answered = if request.method() == Method::CONNECT {
             self.connect(request, requester).await
         } else {

@@ -33,7 +33,7 @@ async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
     port
 }
 
-async fn ask(stack: &Stack, request: &str) -> (String, String) {
+pub(crate) async fn ask(stack: &Stack, request: &str) -> (String, String) {
     let mut own = stack.client("nobody");
     own.credential = stack.client("prometheus").credential;
     let mut stream = anonymous(stack).await;
@@ -65,7 +65,7 @@ async fn anonymous(stack: &Stack) -> tokio_rustls::client::TlsStream<tokio::net:
 }
 
 /// Basic of prom:a-long-password
-const BASIC: &str = "Proxy-Authorization: Basic cHJvbTphLWxvbmctcGFzc3dvcmQ=";
+pub(crate) const BASIC: &str = "Proxy-Authorization: Basic cHJvbTphLWxvbmctcGFzc3dvcmQ=";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn plain_exporters_are_scraped_over_kept_connections() {
@@ -139,5 +139,39 @@ async fn who_shows_nothing_and_what_is_not_at_the_edge_is_refused() {
         let (line, _) = ask(&stack, &request).await;
         assert!(line.contains(wanted), "{request}: {line}");
     }
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn discovery_without_a_cluster_lists_agents_and_configured_nodes() {
+    let mut stack = Stack::start("routes: [{node: press, agent: edge1, addresses: [10.9.0.7]}]");
+    stack.agent("edge1", "");
+    stack.sessions("edge1", 1).await;
+    let get = async |path: &str, header: &str| {
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: x\r\n{header}\r\nConnection: close\r\n\r\n");
+        ask(&stack, &request).await
+    };
+    let (line, body) = get("/sd/node-exporter", BASIC).await;
+    assert!(line.starts_with("HTTP/1.1 200"), "{line}");
+    let groups: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let labels = |node: &str| {
+        serde_json::json!({
+            "__metrics_path__": "/metrics", "__scheme__": "http", "__meta_corvid_agent": "edge1",
+            "__meta_corvid_session": "true", "node": node,
+        })
+    };
+    let wanted = serde_json::json!([
+        {"targets": ["edge1:9100"], "labels": labels("edge1")},
+        {"targets": ["press:9100"], "labels": labels("press")},
+    ]);
+    assert_eq!(groups, wanted);
+    let (line, _) = get("/sd/node-exporter", "X: y").await;
+    assert!(line.contains("407"), "{line}");
+    let (line, body) = get("/sd/other", BASIC).await;
+    assert!(
+        line.contains("404") && body.contains("/sd/kubelet"),
+        "{line} {body}"
+    );
     stack.stop().await;
 }

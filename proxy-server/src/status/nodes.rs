@@ -1,0 +1,202 @@
+//! Nodes as operators see them: what the cluster and the configuration say of each, and whether its agent is there.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use proto::AgentName;
+use serde::{Deserialize, Serialize};
+
+use super::{rows, yes};
+use crate::serve::Forwarder;
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its name.
+    pub node: String,
+    /// Its uid in the cluster.
+    pub uid: String,
+    /// Who serves it, or would.
+    pub agent: String,
+    /// Its pool.
+    pub pool: Option<String>,
+    /// Its region.
+    pub region: Option<String>,
+    /// Its addresses.
+    pub addresses: Vec<String>,
+    /// Addresses of its pods.
+    pub pod_cidrs: Vec<String>,
+    /// Where its kubelet listens.
+    pub kubelet_port: u16,
+    /// It is reached through its agent.
+    pub edge: bool,
+    /// Kubernetes calls it ready; unknown outside a cluster.
+    pub ready: Option<bool>,
+    /// Its agent has a session here.
+    pub session: bool,
+    /// Who says that there is such a node: `configuration`, `cluster` or `agent`.
+    pub source: String,
+}
+
+/// What is known of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    /// Kubernetes is asked at all.
+    pub configured: bool,
+    /// All nodes were read once.
+    pub synced: bool,
+    /// Seconds since kube-apiserver last answered.
+    pub age_s: Option<u64>,
+    /// Why it does not answer.
+    pub failure: Option<String>,
+    /// Nodes of the cluster.
+    pub nodes: usize,
+    /// Those of them at the edge.
+    pub edge: usize,
+    /// Those of them that are ready.
+    pub ready: usize,
+}
+
+/// Every node that is known, by name: those of the configuration, of the cluster, and agents that are neither.
+#[must_use]
+pub fn nodes(forwarder: &Forwarder) -> Vec<NodeStatus> {
+    let routing = &forwarder.routing;
+    let (cluster, configured) = (routing.cluster.table(), routing.table.load());
+    let enrolled = routing.enrolled.load();
+    let registered = forwarder.registry.names();
+    let known = |agent: &AgentName| enrolled.contains(agent) || registered.contains_key(agent);
+    let session = |agent: &AgentName| registered.get(agent).is_some_and(|open| *open);
+    let mut all = BTreeMap::new();
+    for agent in enrolled.iter().chain(registered.keys()) {
+        let status = outside(agent.as_str(), agent, session(agent), "agent");
+        all.insert(agent.as_str().to_owned(), status);
+    }
+    for (name, node) in cluster.nodes() {
+        let status = NodeStatus {
+            node: name.clone(),
+            uid: node.uid.clone(),
+            agent: node.agent.to_string(),
+            pool: node.pool.clone(),
+            region: node.region.clone(),
+            addresses: node.addresses.iter().map(ToString::to_string).collect(),
+            pod_cidrs: node.pod_cidrs.iter().map(ToString::to_string).collect(),
+            kubelet_port: node.kubelet_port,
+            edge: node.is_edge(known),
+            ready: Some(node.ready),
+            session: session(&node.agent),
+            source: "cluster".to_owned(),
+        };
+        all.insert(name.clone(), status);
+    }
+    for (name, agent) in configured.nodes() {
+        let of_cluster = all.remove(name).filter(|status| status.source == "cluster");
+        let status = outside(name, agent, session(agent), "configuration");
+        let status = match of_cluster {
+            // The route is the configuration's, the rest is still so.
+            Some(node) => NodeStatus {
+                agent: status.agent,
+                edge: true,
+                session: status.session,
+                source: status.source,
+                ..node
+            },
+            None => status,
+        };
+        all.insert(name.to_owned(), status);
+    }
+    all.into_values().collect()
+}
+
+fn outside(name: &str, agent: &AgentName, session: bool, source: &str) -> NodeStatus {
+    NodeStatus {
+        node: name.to_owned(),
+        uid: String::new(),
+        agent: agent.to_string(),
+        pool: None,
+        region: None,
+        addresses: Vec::new(),
+        pod_cidrs: Vec::new(),
+        kubelet_port: crate::cluster::nodes::KUBELET_PORT,
+        edge: true,
+        ready: None,
+        session,
+        source: source.to_owned(),
+    }
+}
+
+/// How much is known, and how fresh it is.
+#[must_use]
+pub fn cluster(forwarder: &Forwarder) -> ClusterStatus {
+    let cluster = &forwarder.routing.cluster;
+    let freshness = cluster.freshness();
+    let nodes = nodes(forwarder);
+    let of_cluster = nodes.iter().filter(|node| node.ready.is_some());
+    ClusterStatus {
+        configured: freshness.configured,
+        synced: freshness.synced,
+        age_s: freshness.age().map(|age| age.as_secs()),
+        failure: freshness.failure,
+        nodes: of_cluster.clone().count(),
+        edge: of_cluster.clone().filter(|node| node.edge).count(),
+        ready: of_cluster.filter(|node| node.ready == Some(true)).count(),
+    }
+}
+
+impl ClusterStatus {
+    /// One or two lines for people; nothing where Kubernetes is not asked.
+    #[must_use]
+    pub fn lines(&self) -> String {
+        if !self.configured {
+            return String::new();
+        }
+        let mut out = if self.synced {
+            let Self {
+                nodes, edge, ready, ..
+            } = self;
+            format!("nodes: {nodes} known, {edge} at the edge, {ready} ready")
+        } else {
+            "nodes: not known yet".to_owned()
+        };
+        match self.age_s {
+            Some(age) => writeln!(out, "; kube-apiserver last answered {age} s ago").ok(), // writing to a string can't fail
+            None => writeln!(out, "; kube-apiserver has not answered yet").ok(),
+        };
+        if let Some(failure) = &self.failure {
+            writeln!(out, "kube-apiserver: {failure}").ok();
+        }
+        out
+    }
+}
+
+/// The nodes as a table for people.
+#[must_use]
+pub fn table(nodes: &[NodeStatus]) -> String {
+    let header = [
+        "NODE",
+        "AGENT",
+        "POOL",
+        "ADDRESSES",
+        "EDGE",
+        "READY",
+        "SESSION",
+        "SOURCE",
+    ];
+    let row = |node: &NodeStatus| {
+        let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+        let addresses = match node.addresses.is_empty() {
+            true => "-".to_owned(),
+            false => node.addresses.join(","),
+        };
+        [
+            node.node.clone(),
+            node.agent.clone(),
+            or_dash(&node.pool),
+            addresses,
+            yes(node.edge).to_owned(),
+            node.ready.map_or("-", yes).to_owned(),
+            yes(node.session).to_owned(),
+            node.source.clone(),
+        ]
+    };
+    rows(header, nodes.iter().map(row))
+}
