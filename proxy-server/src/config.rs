@@ -128,6 +128,18 @@ pub enum Frontend {
         #[serde(default)]
         allowed_names: Vec<String>,
     },
+    /// konnectivity's gRPC, as kube-apiserver's egress selector speaks it.
+    #[serde(rename_all = "camelCase")]
+    Konnectivity {
+        /// A Unix socket.
+        listen: Listen,
+        /// Permission bits of the socket.
+        #[serde(default = "defaults::konnectivity_mode")]
+        mode: FileMode,
+        /// What is not at the edge.
+        #[serde(default = "defaults::refuse")]
+        default: Elsewhere,
+    },
     /// For scrapers: CONNECT and absolute-form requests over TLS.
     #[serde(rename_all = "camelCase")]
     ForwardProxy {
@@ -153,7 +165,18 @@ impl Frontend {
     #[must_use]
     pub const fn listen(&self) -> &Listen {
         match self {
-            Self::HttpConnect { listen, .. } | Self::ForwardProxy { listen, .. } => listen,
+            Self::HttpConnect { listen, .. }
+            | Self::Konnectivity { listen, .. }
+            | Self::ForwardProxy { listen, .. } => listen,
+        }
+    }
+
+    /// Permission bits, where it can be a Unix socket.
+    #[must_use]
+    pub const fn mode(&self) -> Option<u32> {
+        match self {
+            Self::HttpConnect { mode, .. } | Self::Konnectivity { mode, .. } => Some(mode.0),
+            Self::ForwardProxy { .. } => None,
         }
     }
 
@@ -161,6 +184,7 @@ impl Frontend {
     pub fn files(&self) -> Vec<PathBuf> {
         match self {
             Self::HttpConnect { client_ca, .. } => client_ca.iter().cloned().collect(),
+            Self::Konnectivity { .. } => Vec::new(),
             Self::ForwardProxy {
                 bearer_token_file,
                 basic_auth_file,
@@ -362,6 +386,11 @@ mod defaults {
     pub(super) const fn socket_mode() -> FileMode {
         // Owner and group, as konnectivity-server's socket: kube-apiserver needs to write.
         FileMode(0o660)
+    }
+
+    pub(super) const fn konnectivity_mode() -> FileMode {
+        // That of konnectivity-server's socket, so that one can take the other's place.
+        FileMode(0o770)
     }
 
     pub(super) const fn refuse() -> Elsewhere {

@@ -5,6 +5,7 @@ pub mod credentials;
 pub mod forward_proxy;
 pub mod http_connect;
 mod io;
+pub mod konnectivity;
 
 use std::sync::Arc;
 use std::time::Duration;

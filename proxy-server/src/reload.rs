@@ -18,6 +18,7 @@ use crate::frontend::LiveTls;
 use crate::frontend::credentials::Credentials;
 use crate::frontend::forward_proxy::ForwardProxy;
 use crate::frontend::http_connect::HttpConnect;
+use crate::frontend::konnectivity::Konnectivity;
 use crate::route::RouteTable;
 
 /// Where the configuration comes from; `None` for an app that was given values.
@@ -34,6 +35,7 @@ pub struct Source {
 pub(crate) struct Changeable {
     pub(crate) tls: Option<LiveTls>,
     pub(crate) connect: Option<Arc<HttpConnect>>,
+    pub(crate) konnectivity: Option<Arc<Konnectivity>>,
     pub(crate) proxy: Option<Arc<ForwardProxy>>,
 }
 
@@ -58,6 +60,7 @@ pub(crate) fn frontend_tls(
         return Ok(None);
     }
     let (client_ca, names, optional) = match frontend {
+        Frontend::Konnectivity { .. } => return Ok(None),
         Frontend::HttpConnect {
             client_ca,
             allowed_names,
@@ -90,7 +93,7 @@ pub(crate) fn frontend_tls(
 /// Tokens and passwords of a frontend.
 pub(crate) fn frontend_credentials(frontend: &Frontend) -> anyhow::Result<Credentials> {
     match frontend {
-        Frontend::HttpConnect { .. } => Ok(Credentials::default()),
+        Frontend::HttpConnect { .. } | Frontend::Konnectivity { .. } => Ok(Credentials::default()),
         Frontend::ForwardProxy {
             bearer_token_file,
             basic_auth_file,
@@ -168,6 +171,11 @@ impl Reloader {
                 (&changeable.connect, frontend)
             {
                 connect.elsewhere.store(Arc::new(*default));
+            }
+            if let (Some(konnectivity), Frontend::Konnectivity { default, .. }) =
+                (&changeable.konnectivity, frontend)
+            {
+                konnectivity.elsewhere.store(Arc::new(*default));
             }
             if let (Some(live), Some(tls)) = (&changeable.tls, tls) {
                 live.store(tls);

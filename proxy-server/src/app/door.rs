@@ -11,11 +11,13 @@ use crate::config::{Elsewhere, Frontend};
 use crate::frontend::LiveTls;
 use crate::frontend::forward_proxy::{ForwardProxy, Pool};
 use crate::frontend::http_connect::HttpConnect;
+use crate::frontend::konnectivity::Konnectivity;
 use crate::reload::{Changeable, frontend_credentials};
 use crate::serve::Forwarder;
 
 pub(super) enum Door {
     Connect(Listener, Arc<HttpConnect>),
+    Konnectivity(Listener, Arc<Konnectivity>),
     Proxy(Listener, Arc<ForwardProxy>),
 }
 
@@ -36,6 +38,14 @@ impl Door {
                     elsewhere: ArcSwap::from_pointee(*default),
                 };
                 Ok(Self::Connect(listener, Arc::new(door)))
+            }
+            (Frontend::Konnectivity { default, .. }, _) => {
+                let door = Konnectivity {
+                    forwarder,
+                    elsewhere: ArcSwap::from_pointee(*default),
+                    tasks: streams.clone(),
+                };
+                Ok(Self::Konnectivity(listener, Arc::new(door)))
             }
             (Frontend::ForwardProxy { .. }, Some(tls)) => {
                 let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
@@ -62,11 +72,19 @@ impl Door {
             Self::Connect(_, door) => Changeable {
                 tls,
                 connect: Some(Arc::clone(door)),
+                konnectivity: None,
+                proxy: None,
+            },
+            Self::Konnectivity(_, door) => Changeable {
+                tls,
+                connect: None,
+                konnectivity: Some(Arc::clone(door)),
                 proxy: None,
             },
             Self::Proxy(_, door) => Changeable {
                 tls,
                 connect: None,
+                konnectivity: None,
                 proxy: Some(Arc::clone(door)),
             },
         }
@@ -76,6 +94,14 @@ impl Door {
         match self {
             Self::Connect(listener, door) => {
                 tracing::info!(listen = %listener.bound(), direct = **door.elsewhere.load() == Elsewhere::Direct, "requests: HTTP CONNECT");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
+            }
+            Self::Konnectivity(listener, door) => {
+                tracing::info!(listen = %listener.bound(), direct = **door.elsewhere.load() == Elsewhere::Direct, "requests: konnectivity");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
                 log_end(
                     "frontend",

@@ -101,6 +101,14 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 );
                 (client_ca, allowed_names)
             }
+            Frontend::Konnectivity { .. } => {
+                problems.check(
+                    matches!(listen, Listen::Unix(_)),
+                    key("listen"),
+                    "konnectivity's gRPC is served on a Unix socket, whose permissions decide who may connect; kube-apiserver speaks it nowhere else",
+                );
+                continue;
+            }
             Frontend::ForwardProxy {
                 client_ca,
                 allowed_names,
@@ -174,7 +182,8 @@ mod tests {
         let error = parse(
             "name: 'No Name'\nbackend: {listen: [], memory: 1KiB}\nroutes: [{node: a}, {node: a, agent: B}]\n\
              timeouts: {dial: 40s, header: 0s}\nadmin: {listen: '0.0.0.0:9442'}\n\
-             frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n",
+             frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n\
+             - {type: konnectivity, listen: 'tcp:127.0.0.1:1'}\n",
         )
         .unwrap_err()
         .to_string();
@@ -191,6 +200,7 @@ mod tests {
             "frontends[0].allowedNames",
             "frontends[1].listen",
             "frontends[1].allowedNames",
+            "frontends[2].listen",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
         }

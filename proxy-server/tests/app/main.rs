@@ -3,12 +3,15 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
+    clippy::panic,
+    clippy::wildcard_enum_match_arm,
     reason = "a test fails by panicking"
 )]
 
 mod agents;
 mod connect;
 mod drain;
+mod konnectivity;
 mod scrape;
 mod stack;
 mod tls;
