@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
 use crate::cluster::{Cluster, Source as ClusterSource, Watch};
-use crate::config::{Config, Frontend};
+use crate::config::Config;
 use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
@@ -172,8 +172,8 @@ impl App {
         let (mut doors, mut frontends, mut changeable) = (Vec::new(), Vec::new(), Vec::new());
         for frontend in &config.frontends {
             let mut options = options(config.limits.connections);
-            if let Frontend::HttpConnect { mode, .. } = frontend {
-                options.mode = mode.0;
+            if let Some(mode) = frontend.mode() {
+                options.mode = mode;
             }
             options.transparent = frontend.transparent();
             let listen = frontend.listen();

@@ -133,6 +133,18 @@ pub enum Frontend {
         #[serde(default)]
         allowed_names: Vec<String>,
     },
+    /// konnectivity's gRPC, as kube-apiserver's egress selector speaks it.
+    #[serde(rename_all = "camelCase")]
+    Konnectivity {
+        /// A Unix socket.
+        listen: Listen,
+        /// Permission bits of the socket.
+        #[serde(default = "defaults::konnectivity_mode")]
+        mode: FileMode,
+        /// What is not at the edge.
+        #[serde(default = "defaults::refuse")]
+        default: Elsewhere,
+    },
     /// For scrapers: CONNECT and absolute-form requests over TLS.
     #[serde(rename_all = "camelCase")]
     ForwardProxy {
@@ -188,8 +200,19 @@ impl Frontend {
     #[must_use]
     pub const fn listen(&self) -> &Listen {
         match self {
-            Self::HttpConnect { listen, .. } | Self::ForwardProxy { listen, .. } => listen,
+            Self::HttpConnect { listen, .. }
+            | Self::Konnectivity { listen, .. }
+            | Self::ForwardProxy { listen, .. } => listen,
             Self::Intercept(intercept) => &intercept.listen,
+        }
+    }
+
+    /// Permission bits, where it can be a Unix socket.
+    #[must_use]
+    pub const fn mode(&self) -> Option<u32> {
+        match self {
+            Self::HttpConnect { mode, .. } | Self::Konnectivity { mode, .. } => Some(mode.0),
+            Self::ForwardProxy { .. } | Self::Intercept(_) => None,
         }
     }
 
@@ -197,7 +220,9 @@ impl Frontend {
     #[must_use]
     pub const fn transparent(&self) -> bool {
         match self {
-            Self::HttpConnect { .. } | Self::ForwardProxy { .. } => false,
+            Self::HttpConnect { .. } | Self::Konnectivity { .. } | Self::ForwardProxy { .. } => {
+                false
+            }
             Self::Intercept(intercept) => intercept.transparent,
         }
     }
@@ -206,6 +231,7 @@ impl Frontend {
     pub fn files(&self) -> Vec<PathBuf> {
         match self {
             Self::HttpConnect { client_ca, .. } => client_ca.iter().cloned().collect(),
+            Self::Konnectivity { .. } => Vec::new(),
             Self::ForwardProxy {
                 bearer_token_file,
                 basic_auth_file,
@@ -408,6 +434,11 @@ mod defaults {
     pub(super) const fn socket_mode() -> FileMode {
         // Owner and group, as konnectivity-server's socket: kube-apiserver needs to write.
         FileMode(0o660)
+    }
+
+    pub(super) const fn konnectivity_mode() -> FileMode {
+        // That of konnectivity-server's socket, so that one can take the other's place.
+        FileMode(0o770)
     }
 
     pub(super) const fn refuse() -> Elsewhere {

@@ -6,6 +6,7 @@ pub mod forward_proxy;
 pub mod http_connect;
 pub mod intercept;
 mod io;
+pub mod konnectivity;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -19,6 +19,7 @@ use crate::frontend::credentials::Credentials;
 use crate::frontend::forward_proxy::ForwardProxy;
 use crate::frontend::http_connect::HttpConnect;
 use crate::frontend::intercept::Intercept;
+use crate::frontend::konnectivity::Konnectivity;
 use crate::route::RouteTable;
 
 /// Where the configuration comes from; `None` for an app that was given values.
@@ -35,6 +36,7 @@ pub struct Source {
 pub(crate) struct Changeable {
     pub(crate) tls: Option<LiveTls>,
     pub(crate) connect: Option<Arc<HttpConnect>>,
+    pub(crate) konnectivity: Option<Arc<Konnectivity>>,
     pub(crate) proxy: Option<Arc<ForwardProxy>>,
     pub(crate) intercept: Option<Arc<Intercept>>,
 }
@@ -60,6 +62,7 @@ pub(crate) fn frontend_tls(
         return Ok(None);
     }
     let (client_ca, names, optional) = match frontend {
+        Frontend::Konnectivity { .. } => return Ok(None),
         Frontend::HttpConnect {
             client_ca,
             allowed_names,
@@ -94,7 +97,9 @@ pub(crate) fn frontend_tls(
 /// Tokens and passwords of a frontend.
 pub(crate) fn frontend_credentials(frontend: &Frontend) -> anyhow::Result<Credentials> {
     match frontend {
-        Frontend::HttpConnect { .. } | Frontend::Intercept(_) => Ok(Credentials::default()),
+        Frontend::HttpConnect { .. } | Frontend::Konnectivity { .. } | Frontend::Intercept(_) => {
+            Ok(Credentials::default())
+        }
         Frontend::ForwardProxy {
             bearer_token_file,
             basic_auth_file,
@@ -177,6 +182,11 @@ impl Reloader {
             }
             if let (Some(intercept), Frontend::Intercept(new)) = (&changeable.intercept, frontend) {
                 intercept.change(new);
+            }
+            if let (Some(konnectivity), Frontend::Konnectivity { default, .. }) =
+                (&changeable.konnectivity, frontend)
+            {
+                konnectivity.elsewhere.store(Arc::new(*default));
             }
             if let (Some(live), Some(tls)) = (&changeable.tls, tls) {
                 live.store(tls);

@@ -376,6 +376,16 @@ impl Opened {
         io: &mut I,
         from_requester: Bytes,
     ) -> RelayEnd {
+        self.relay_until(io, from_requester, pending()).await
+    }
+
+    /// As [`Opened::relay`], for a frontend that may have a reason of its own to cut: `stop` resolves with it.
+    pub async fn relay_until<I: AsyncRead + AsyncWrite + Unpin + Send>(
+        self,
+        io: &mut I,
+        from_requester: Bytes,
+        stop: impl Future<Output = Reason> + Send,
+    ) -> RelayEnd {
         let Self {
             forwarder,
             halves,
@@ -407,6 +417,7 @@ impl Opened {
             tokio::select! {
                 () = forwarder.cut.cancelled() => Reason::Draining,
                 reason = lost => reason,
+                reason = stop => reason,
             }
         };
         let end = match halves {

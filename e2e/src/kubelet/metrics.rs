@@ -33,10 +33,13 @@ fn serve(mut stream: &TcpStream, name: &str) -> io::Result<()> {
         let Some(request) = head.next().transpose()? else {
             return Ok(());
         };
+        let mut last = false;
         for line in head {
-            if line?.is_empty() {
+            let line = line?;
+            if line.is_empty() {
                 break;
             }
+            last |= line.eq_ignore_ascii_case("connection: close");
         }
         let (status, body) = if request.starts_with("GET /metrics ") {
             (
@@ -51,5 +54,8 @@ fn serve(mut stream: &TcpStream, name: &str) -> io::Result<()> {
             body.len()
         );
         stream.write_all(answer.as_bytes())?;
+        if last {
+            return Ok(());
+        }
     }
 }

@@ -12,11 +12,13 @@ use crate::frontend::LiveTls;
 use crate::frontend::forward_proxy::{ForwardProxy, Pool};
 use crate::frontend::http_connect::HttpConnect;
 use crate::frontend::intercept::Intercept;
+use crate::frontend::konnectivity::Konnectivity;
 use crate::reload::{Changeable, frontend_credentials};
 use crate::serve::Forwarder;
 
 pub(super) enum Door {
     Connect(Listener, Arc<HttpConnect>),
+    Konnectivity(Listener, Arc<Konnectivity>),
     Proxy(Listener, Arc<ForwardProxy>),
     Intercept(Listener, Arc<Intercept>),
 }
@@ -38,6 +40,14 @@ impl Door {
                     elsewhere: ArcSwap::from_pointee(*default),
                 };
                 Ok(Self::Connect(listener, Arc::new(door)))
+            }
+            (Frontend::Konnectivity { default, .. }, _) => {
+                let door = Konnectivity {
+                    forwarder,
+                    elsewhere: ArcSwap::from_pointee(*default),
+                    tasks: streams.clone(),
+                };
+                Ok(Self::Konnectivity(listener, Arc::new(door)))
             }
             (Frontend::ForwardProxy { .. }, Some(tls)) => {
                 let credentials = ArcSwap::from_pointee(frontend_credentials(frontend)?);
@@ -69,6 +79,7 @@ impl Door {
         let mut changeable = Changeable {
             tls,
             connect: None,
+            konnectivity: None,
             proxy: None,
             intercept: None,
         };
@@ -76,6 +87,7 @@ impl Door {
             Self::Connect(_, door) => changeable.connect = Some(Arc::clone(door)),
             Self::Proxy(_, door) => changeable.proxy = Some(Arc::clone(door)),
             Self::Intercept(_, door) => changeable.intercept = Some(Arc::clone(door)),
+            Self::Konnectivity(_, door) => changeable.konnectivity = Some(Arc::clone(door)),
         }
         changeable
     }
@@ -92,6 +104,14 @@ impl Door {
             }
             Self::Intercept(listener, door) => {
                 tracing::info!(listen = %listener.bound(), "requests: intercepted");
+                let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                log_end(
+                    "frontend",
+                    listener.serve("request", tasks, stop, serve).await,
+                );
+            }
+            Self::Konnectivity(listener, door) => {
+                tracing::info!(listen = %listener.bound(), direct = **door.elsewhere.load() == Elsewhere::Direct, "requests: konnectivity");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
                 log_end(
                     "frontend",

@@ -253,6 +253,10 @@ pub(crate) mod tests {
         Node::trim(serde_json::from_value(node).unwrap(), settings)
     }
 
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "the tables of the tests read better so"
+    )]
     pub(crate) fn node(
         name: &str,
         labels: Value,

@@ -104,6 +104,14 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 );
                 (client_ca, allowed_names)
             }
+            Frontend::Konnectivity { .. } => {
+                problems.check(
+                    matches!(listen, Listen::Unix(_)),
+                    key("listen"),
+                    "konnectivity's gRPC is served on a Unix socket, whose permissions decide who may connect; kube-apiserver speaks it nowhere else",
+                );
+                continue;
+            }
             Frontend::ForwardProxy {
                 client_ca,
                 allowed_names,
@@ -206,7 +214,8 @@ mod tests {
             "name: 'No Name'\nbackend: {listen: [], memory: 1KiB}\nroutes: [{node: a}, {node: a, agent: B}]\n\
              timeouts: {dial: 40s, header: 0s}\nadmin: {listen: '0.0.0.0:9442'}\n\
              frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n\
-             - {type: intercept, listen: 'unix:/y', port: 0, proxyProtocol: {trusted: []}}\n",
+             - {type: intercept, listen: 'unix:/y', port: 0, proxyProtocol: {trusted: []}}\n\
+             - {type: konnectivity, listen: 'tcp:127.0.0.1:1'}\n",
         )
         .unwrap_err()
         .to_string();
@@ -227,6 +236,7 @@ mod tests {
             "frontends[2].port",
             "frontends[2].from",
             "frontends[2].proxyProtocol.trusted",
+            "frontends[3].listen",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
         }

@@ -278,7 +278,10 @@ fn events(
         move |(from, mut changed, over)| {
             let state = Arc::clone(&state);
             async move {
-                while !over {
+                if over {
+                    return None;
+                }
+                loop {
                     changed.borrow_and_update();
                     let (line, next, over) = {
                         let state = state.lock();
@@ -300,7 +303,6 @@ fn events(
                         () = tokio::time::sleep_until(ends) => return None,
                     }
                 }
-                None
             }
         },
     );

@@ -1,16 +1,14 @@
 //! HTTP CONNECT over the Unix socket: what works, and what each failure says.
 
 use proto::Reason;
-use proto::control::Control;
-use proto::transport::{RecvHalf, SendHalf, Session};
-use proto::wire::{Limits, Offer};
+use proto::transport::{RecvHalf, SendHalf};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::stack::{
-    Stack, allow, bare_session, configuration, echo, eventually, rewrite, shouter, status_line,
-    text, within,
+    Stack, allow, configuration, echo, eventually, half_agent, rewrite, shouter, status_line, text,
+    within,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -177,41 +175,6 @@ async fn connections_that_say_nothing_are_closed_and_hurt_nobody() {
         );
     }
     stack.stop().await;
-}
-
-/// An agent of the right name that agrees to a session and then does `serve` with each stream.
-async fn half_agent<F, W>(stack: &Stack, name: &str, serve: F) -> JoinSet<()>
-where
-    F: Fn(proto::transport::quic::QuicSend, proto::transport::quic::QuicRecv) -> W
-        + Send
-        + Sync
-        + 'static,
-    W: Future<Output = ()> + Send,
-{
-    let own = stack.enrolled(name).await;
-    let session = bare_session(stack, &own).await.unwrap();
-    let offer = Offer {
-        agent: name.parse().unwrap(),
-        software: "test".into(),
-        capabilities: vec![],
-        limits: Limits {
-            max_streams: 16,
-            stream_window: 1 << 16,
-        },
-        instance: String::new(),
-    };
-    let (control, _) = Control::dial(session.clone(), &offer).await.unwrap();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        let live = proto::control::Liveness::new(proto::transport::keepalive::Keepalive::default());
-        let serve = async {
-            while let Ok((send, recv)) = session.accept().await {
-                serve(send, recv).await;
-            }
-        };
-        tokio::join!(control.run(&live, |_| ()), serve);
-    });
-    tasks
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,6 +3,8 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
+    clippy::panic,
+    clippy::wildcard_enum_match_arm,
     reason = "a test fails by panicking"
 )]
 
@@ -12,6 +14,7 @@ mod cluster;
 mod connect;
 mod drain;
 mod intercept;
+mod konnectivity;
 mod scrape;
 mod stack;
 mod tls;

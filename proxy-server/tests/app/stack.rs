@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use certs::{AgentFiles, Clock, EnrollRequest, Issuer, Name, NewToken, Own, Store, TrustDomain};
 use daemon::{Exit, Listen, LogHandle, Reload, ReloadTrigger};
+use proto::control::Control;
 use proto::transport::Session;
-use proto::transport::quic::QuicSession;
+use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
+use proto::wire::{Limits, Offer};
 use proxy_server::app::{App, Environment};
 use proxy_server::config::{self, Overrides};
 use proxy_server::registry::Registry;
@@ -36,7 +38,8 @@ pub(crate) struct Stack {
     pub(crate) agents_stop: CancellationToken,
 }
 
-/// `more` is added to the configuration, which has a Unix socket at `connect.sock`, mTLS and a forward proxy.
+/// `more` is added to the configuration, which has Unix sockets at `connect.sock` and `konnectivity.sock`, mTLS and a
+/// forward proxy.
 pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
     let drain = if more.contains("drain:") {
         ""
@@ -49,6 +52,7 @@ pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
          frontends:\n- {{type: httpConnect, listen: 'unix:{d}/connect.sock'}}\n\
          - {{type: httpConnect, listen: 'tcp:127.0.0.1:0'}}\n\
          - {{type: forwardProxy, listen: 'tcp:127.0.0.1:0', bearerTokenFile: {d}/tokens, basicAuthFile: {d}/users}}\n\
+         - {{type: konnectivity, listen: 'unix:{d}/konnectivity.sock'}}\n\
          observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\n{drain}\n{more}\n",
         d = dir.display(),
     );
@@ -392,4 +396,36 @@ pub(crate) fn rewrite(file: &Path, text: &str) {
     let mut new = tempfile::NamedTempFile::new_in(file.parent().unwrap()).unwrap();
     new.write_all(text.as_bytes()).unwrap();
     new.persist(file).unwrap();
+}
+
+/// An agent of the right name that agrees to a session and then does `serve` with each stream.
+pub(crate) async fn half_agent<F, W>(stack: &Stack, name: &str, serve: F) -> JoinSet<()>
+where
+    F: Fn(QuicSend, QuicRecv) -> W + Send + Sync + 'static,
+    W: Future<Output = ()> + Send,
+{
+    let own = stack.enrolled(name).await;
+    let session = bare_session(stack, &own).await.unwrap();
+    let offer = Offer {
+        agent: name.parse().unwrap(),
+        software: "test".into(),
+        capabilities: vec![],
+        limits: Limits {
+            max_streams: 16,
+            stream_window: 1 << 16,
+        },
+        instance: String::new(),
+    };
+    let (control, _) = Control::dial(session.clone(), &offer).await.unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let live = proto::control::Liveness::new(proto::transport::keepalive::Keepalive::default());
+        let serve = async {
+            while let Ok((send, recv)) = session.accept().await {
+                serve(send, recv).await;
+            }
+        };
+        tokio::join!(control.run(&live, |_| ()), serve);
+    });
+    tasks
 }
