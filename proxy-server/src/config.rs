@@ -2,17 +2,21 @@
 //!
 //! [`load`] returns values that need no further checks. `docs/configuration.md` explains every key.
 
+mod allow;
 mod check;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use allow::{Pattern, Ports, Rule};
 use certs::{Name, TrustDomain};
 use daemon::{ByteSize, ConfigError, FileMode, Listen, LogFormat};
 use ipnet::IpNet;
 use proto::AgentName;
 use serde::Deserialize;
+
+use crate::frontend::policy::Policy;
 
 /// Everything a proxy-server is told.
 #[derive(Debug, Clone, Deserialize)]
@@ -127,16 +131,19 @@ pub enum Frontend {
         /// Names that CA's certificates may have.
         #[serde(default)]
         allowed_names: Vec<String>,
+        /// Who may ask for what; without it nobody on TCP, and on a Unix socket whoever may connect.
+        #[serde(default)]
+        allow: Option<Vec<Rule>>,
     },
     /// For scrapers: CONNECT and absolute-form requests over TLS.
     #[serde(rename_all = "camelCase")]
     ForwardProxy {
         /// A TCP address.
         listen: Listen,
-        /// File with one bearer token a line.
+        /// File of bearer tokens: a name and a digest a line, as `proxy-server credential hash` prints it.
         #[serde(default)]
         bearer_token_file: Option<PathBuf>,
-        /// File with one `user:password` a line.
+        /// File of passwords, in the same form.
         #[serde(default)]
         basic_auth_file: Option<PathBuf>,
         /// CA of the operator's own PKI, in place of ours.
@@ -145,6 +152,9 @@ pub enum Frontend {
         /// Names that CA's certificates may have.
         #[serde(default)]
         allowed_names: Vec<String>,
+        /// Who may ask for what; without it nobody.
+        #[serde(default)]
+        allow: Option<Vec<Rule>>,
     },
 }
 
@@ -154,6 +164,24 @@ impl Frontend {
     pub const fn listen(&self) -> &Listen {
         match self {
             Self::HttpConnect { listen, .. } | Self::ForwardProxy { listen, .. } => listen,
+        }
+    }
+
+    /// Its `allow`, if it has one.
+    #[must_use]
+    pub fn allow(&self) -> Option<&[Rule]> {
+        match self {
+            Self::HttpConnect { allow, .. } | Self::ForwardProxy { allow, .. } => allow.as_deref(),
+        }
+    }
+
+    /// Who may ask for what.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        match (self.allow(), self.listen()) {
+            (Some(rules), _) => Policy::Listed(rules.to_vec()),
+            (None, Listen::Unix(_)) => Policy::Open,
+            (None, Listen::Tcp(_)) => Policy::Listed(Vec::new()),
         }
     }
 
@@ -375,6 +403,7 @@ mod defaults {
             default: Elsewhere::Direct,
             client_ca: None,
             allowed_names: Vec::new(),
+            allow: None,
         }]
     }
 }

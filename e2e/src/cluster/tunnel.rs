@@ -85,7 +85,12 @@ impl Tunnel {
                     "listen": format!("unix:{}", Self::socket(state).display()),
                     "default": "refuse",
                 },
-                {"type": "httpConnect", "listen": format!("tcp:{PUBLIC}:8444"), "default": "refuse"},
+                {
+                    "type": "httpConnect",
+                    "listen": format!("tcp:{PUBLIC}:8444"),
+                    "default": "refuse",
+                    "allow": [{"clients": ["kube-apiserver"], "nodes": ["*"], "ports": [10250]}],
+                },
             ],
             "observe": {"listen": "127.0.0.1:9440"},
             "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},

@@ -34,6 +34,7 @@ impl Door {
                     forwarder,
                     tls,
                     elsewhere: ArcSwap::from_pointee(*default),
+                    policy: ArcSwap::from_pointee(frontend.policy()),
                 };
                 Ok(Self::Connect(listener, Arc::new(door)))
             }
@@ -45,6 +46,7 @@ impl Door {
                     forwarder,
                     tls,
                     credentials,
+                    policy: ArcSwap::from_pointee(frontend.policy()),
                     pool,
                     tasks,
                 });

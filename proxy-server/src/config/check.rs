@@ -114,6 +114,9 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 (client_ca, allowed_names)
             }
         };
+        for (n, rule) in frontend.allow().unwrap_or_default().iter().enumerate() {
+            rule.check(&key(&format!("allow[{n}]")), problems);
+        }
         problems.check(
             client_ca.is_none() || !allowed_names.is_empty(),
             key("allowedNames"),

@@ -7,6 +7,7 @@
 )]
 
 mod agents;
+mod allow;
 mod connect;
 mod drain;
 mod scrape;
