@@ -49,12 +49,12 @@ pub use tls_config::{
     enroll_server, frontend_client, frontend_server, frontend_server_optional, provider,
     tunnel_client, tunnel_client_quic, tunnel_server, tunnel_server_quic,
 };
-pub use token::{AgentPattern, JoinToken, NoRandomness, PatternError, TokenError};
+pub use token::{AgentPattern, JoinToken, NoRandomness, PatternError, TokenError, fits};
 pub use token_store::{
     AgentEntry, MAX_USES, NewToken, RedeemError, Snapshot, Store, TokenEntry, TokenStoreError,
 };
 pub use verify::{
-    FrontendTrust, OperatorPki, OperatorPkiError, Peer, PeerError, Revocations, peer, quic_peer,
-    requester, tls_peer,
+    FrontendTrust, OperatorPki, OperatorPkiError, Peer, PeerError, Revocations, holder, peer,
+    quic_peer, requester, tls_peer,
 };
 pub use x509::Malformed;

@@ -152,27 +152,32 @@ impl AgentPattern {
         Self("*".to_owned())
     }
 
-    /// Whether `name` fits, in time linear in both.
-    ///
-    /// The first and the last piece between stars are anchored; of the others each is taken as far left
-    /// as it occurs, which leaves most to those that follow.
+    /// Whether `name` fits.
     #[must_use]
     pub fn matches(&self, name: &Name) -> bool {
-        let name = name.as_str();
-        let Some((first, rest)) = self.0.split_once('*') else {
-            return self.0 == name;
-        };
-        let (middle, last) = rest.rsplit_once('*').unwrap_or(("", rest));
-        let Some(left) = name
-            .strip_prefix(first)
-            .and_then(|left| left.strip_suffix(last))
-        else {
-            return false;
-        };
-        let mut pieces = middle.split('*').filter(|piece| !piece.is_empty());
-        let end = pieces.try_fold(left, |left, piece| Some(left.split_once(piece)?.1));
-        end.is_some()
+        fits(&self.0, name.as_str())
     }
+}
+
+/// Whether `text` fits `pattern`, in which `*` stands for anything, also for nothing; in time linear in both.
+///
+/// The first and the last piece between stars are anchored; of the others each is taken as far left
+/// as it occurs, which leaves most to those that follow.
+#[must_use]
+pub fn fits(pattern: &str, text: &str) -> bool {
+    let Some((first, rest)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let (middle, last) = rest.rsplit_once('*').unwrap_or(("", rest));
+    let Some(left) = text
+        .strip_prefix(first)
+        .and_then(|left| left.strip_suffix(last))
+    else {
+        return false;
+    };
+    let mut pieces = middle.split('*').filter(|piece| !piece.is_empty());
+    let end = pieces.try_fold(left, |left, piece| Some(left.split_once(piece)?.1));
+    end.is_some()
 }
 
 impl FromStr for AgentPattern {

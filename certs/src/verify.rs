@@ -106,6 +106,16 @@ pub fn requester(chain: &[CertificateDer<'_>]) -> String {
         .unwrap_or_else(|| "unnamed".to_owned())
 }
 
+/// The name of the holder of a certificate that a frontend has verified, for rules about clients: the identity's of
+/// ours, else the common name, else the first name it has. Nothing tells roles apart here; the handshake has done so.
+#[must_use]
+pub fn holder(chain: &[CertificateDer<'_>]) -> String {
+    peer(chain).map_or_else(
+        |_foreign| requester(chain),
+        |peer| peer.identity.name.to_string(),
+    )
+}
+
 /// The agents that are refused, replaced as a whole when the token store changes. Clones share it.
 #[derive(Clone, Default)]
 pub struct Revocations {
@@ -217,6 +227,7 @@ mod tests {
         assert_eq!(peer.identity, *credential.identity());
         assert_eq!(peer.fingerprint, credential.fingerprint());
         assert_eq!(requester(credential.chain()), "agent/edge1");
+        assert_eq!(holder(credential.chain()), "edge1");
     }
 
     #[test]
@@ -227,6 +238,7 @@ mod tests {
         assert_eq!(peer(&[two]), Err(PeerError::NotOneUri));
         let none = leaf(&[]);
         assert_eq!(requester(std::slice::from_ref(&none)), "someone");
+        assert_eq!(holder(std::slice::from_ref(&none)), "someone");
         assert_eq!(peer(&[none]), Err(PeerError::NotOneUri));
         assert_eq!(peer(&[]), Err(PeerError::NoCertificate));
         assert!(matches!(

@@ -102,7 +102,7 @@ reasons! {
     BadRequest = 32, "bad_request", 400, Requester, "the request could not be read";
     /// The request was larger than its limit.
     TooLarge = 33, "too_large", 431, Requester, "the request is larger than its limit";
-    /// The requester is not allowed here.
+    /// No rule of the frontend permits it.
     NotAllowed = 34, "not_allowed", 403, Requester, "not allowed";
     /// The requester has to say who it is.
     Unauthenticated = 35, "unauthenticated", 407, Requester, "no valid credentials";

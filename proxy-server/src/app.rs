@@ -169,6 +169,9 @@ impl App {
             )?);
         }
         let streams = Tasks::new();
+        for useless in config.useless_rules() {
+            tracing::warn!("{useless}");
+        }
         let (mut doors, mut frontends, mut changeable) = (Vec::new(), Vec::new(), Vec::new());
         for frontend in &config.frontends {
             let mut options = options(config.limits.connections);

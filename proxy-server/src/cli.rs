@@ -49,6 +49,9 @@ enum Command {
     /// The authority's certificates.
     #[command(subcommand)]
     Cert(CertCommand),
+    /// Tokens and passwords of scrapers.
+    #[command(subcommand)]
+    Credential(CredentialCommand),
 }
 
 #[derive(Debug, Args)]
@@ -190,12 +193,24 @@ enum CertCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum CredentialCommand {
+    /// Read a token or password from standard input and print its line for `bearerTokenFile` or `basicAuthFile`.
+    ///
+    /// The line has the name and a SHA-256 digest, so take a random secret: `openssl rand -hex 24 | tee secret |
+    /// proxy-server credential hash prometheus`.
+    Hash {
+        /// Whose it is: the user of a password, and what `users` of a frontend's `allow` calls it.
+        name: String,
+    },
+}
+
 /// Does what was typed.
 pub fn main(cli: Cli) -> Exit {
     match cli.command {
         Command::Run(args) => run(&args),
         Command::CheckConfig(args) => match config::load(&args.config, &args.overrides()) {
-            Ok(_) => commands::say(&format!("{}: ok", args.config.display())),
+            Ok(config) => commands::say(&commands::checked(&args.config, &config)),
             Err(error) => commands::fail(&error, error.exit()),
         },
         Command::Status(args) => commands::finish(commands::status(&args.socket, args.json)),
@@ -216,6 +231,9 @@ pub fn main(cli: Cli) -> Exit {
             days,
             out,
         }) => commands::finish(commands::cert_issue(&state, &client, days, &out)),
+        Command::Credential(CredentialCommand::Hash { name }) => {
+            commands::finish(commands::credential_hash(&name))
+        }
     }
 }
 

@@ -12,7 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::cli::StateArgs;
-use crate::config::{self, Overrides};
+use crate::config::{self, Config, Overrides};
+use crate::frontend::credentials;
 use crate::status::{self, ClusterStatus, NodeStatus, SessionStatus};
 
 /// Prints to standard output.
@@ -265,6 +266,36 @@ pub fn cert_issue(
         "{at}/{client}.crt, {at}/{client}.key, {at}/ca.crt; expires {}",
         time(credential.not_after().as_secs())
     ))
+}
+
+/// `credential hash`: the secret comes by standard input, so that it is in no list of processes.
+///
+/// # Errors
+/// Nothing can be read, or it makes no credential.
+pub fn credential_hash(name: &str) -> anyhow::Result<String> {
+    // A line that is longer can be sent in no header.
+    const MOST: u64 = 8 << 10;
+    use std::io::Read as _;
+    let mut secret = String::new();
+    std::io::stdin()
+        .lock()
+        .take(MOST)
+        .read_to_string(&mut secret)
+        .context("read the secret from standard input")?;
+    Ok(credentials::line(
+        name,
+        secret.trim_end_matches(['\r', '\n']),
+    )?)
+}
+
+/// `check-config` of a file that can be used: what in it is of no use.
+#[must_use]
+pub fn checked(file: &Path, config: &Config) -> String {
+    let useless = config.useless_rules();
+    let warnings = useless.iter().map(|line| format!("warning: {line}\n"));
+    let mut said: String = warnings.collect();
+    said.push_str(&format!("{}: ok", file.display()));
+    said
 }
 
 /// `status`

@@ -2,6 +2,7 @@
 //!
 //! [`load`] returns values that need no further checks. `docs/configuration.md` explains every key.
 
+mod allow;
 mod check;
 mod kubernetes;
 
@@ -9,12 +10,15 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use allow::{Pattern, Ports, Rule};
 use certs::{Name, TrustDomain};
 use daemon::{ByteSize, ConfigError, FileMode, Listen, LogFormat};
 use ipnet::IpNet;
 pub use kubernetes::{Kubernetes, Pool, Selector};
 use proto::AgentName;
 use serde::Deserialize;
+
+use crate::frontend::policy::Policy;
 
 /// Everything a proxy-server is told.
 #[derive(Debug, Clone, Deserialize)]
@@ -132,6 +136,9 @@ pub enum Frontend {
         /// Names that CA's certificates may have.
         #[serde(default)]
         allowed_names: Vec<String>,
+        /// Who may ask for what; without it nobody on TCP, and on a Unix socket whoever may connect.
+        #[serde(default)]
+        allow: Option<Vec<Rule>>,
     },
     /// konnectivity's gRPC, as kube-apiserver's egress selector speaks it.
     #[serde(rename_all = "camelCase")]
@@ -144,16 +151,19 @@ pub enum Frontend {
         /// What is not at the edge.
         #[serde(default = "defaults::refuse")]
         default: Elsewhere,
+        /// Who may ask for what; without it whoever may connect.
+        #[serde(default)]
+        allow: Option<Vec<Rule>>,
     },
     /// For scrapers: CONNECT and absolute-form requests over TLS.
     #[serde(rename_all = "camelCase")]
     ForwardProxy {
         /// A TCP address.
         listen: Listen,
-        /// File with one bearer token a line.
+        /// File of bearer tokens: a name and a digest a line, as `proxy-server credential hash` prints it.
         #[serde(default)]
         bearer_token_file: Option<PathBuf>,
-        /// File with one `user:password` a line.
+        /// File of passwords, in the same form.
         #[serde(default)]
         basic_auth_file: Option<PathBuf>,
         /// CA of the operator's own PKI, in place of ours.
@@ -162,6 +172,9 @@ pub enum Frontend {
         /// Names that CA's certificates may have.
         #[serde(default)]
         allowed_names: Vec<String>,
+        /// Who may ask for what; without it nobody.
+        #[serde(default)]
+        allow: Option<Vec<Rule>>,
     },
     /// Connections meant for nodes, led here by DNS or firewall rules.
     Intercept(Intercept),
@@ -224,6 +237,28 @@ impl Frontend {
                 false
             }
             Self::Intercept(intercept) => intercept.transparent,
+        }
+    }
+
+    /// Its `allow`, if it has one.
+    #[must_use]
+    pub fn allow(&self) -> Option<&[Rule]> {
+        match self {
+            Self::HttpConnect { allow, .. }
+            | Self::Konnectivity { allow, .. }
+            | Self::ForwardProxy { allow, .. } => allow.as_deref(),
+            Self::Intercept(_) => None,
+        }
+    }
+
+    /// Who may ask for what.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        match (self, self.allow(), self.listen()) {
+            // Whoever comes from its `from` may reach what the connection was meant for.
+            (Self::Intercept(_), ..) | (_, None, Listen::Unix(_)) => Policy::Open,
+            (_, Some(rules), _) => Policy::Listed(rules.to_vec()),
+            (_, None, Listen::Tcp(_)) => Policy::Listed(Vec::new()),
         }
     }
 
@@ -452,6 +487,7 @@ mod defaults {
             default: Elsewhere::Direct,
             client_ca: None,
             allowed_names: Vec::new(),
+            allow: None,
         }]
     }
 }

@@ -7,6 +7,7 @@ pub mod http_connect;
 pub mod intercept;
 mod io;
 pub mod konnectivity;
+pub mod policy;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,12 +19,14 @@ use rustls::ServerConfig;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
+use self::policy::{Requester, Who};
 use crate::metrics::Metrics;
 
 /// TLS of a frontend; swapped when certificates or the operator's CA change.
 pub type LiveTls = Arc<ArcSwap<ServerConfig>>;
 
 /// Does the TLS handshake and says who the requester is; a Unix connection has none and is known by its credentials.
+/// Where a certificate is optional and none came, that is still [`Who::Unproved`].
 ///
 /// # Errors
 /// Why not; it is logged and counted here.
@@ -33,9 +36,10 @@ pub async fn handshake(
     tls: Option<&LiveTls>,
     limit: Duration,
     metrics: &Metrics,
-) -> Result<(Io, String, bool), Reason> {
+) -> Result<(Io, Requester), Reason> {
+    let requester = Requester::new(peer);
     let Some(tls) = tls else {
-        return Ok((Io::Plain(stream), peer.to_string(), true));
+        return Ok((Io::Plain(stream), requester));
     };
     let acceptor = TlsAcceptor::from(tls.load_full());
     let refused = |reason: Reason, detail: &str| {
@@ -52,7 +56,10 @@ pub async fn handshake(
         Ok(Ok(stream)) => stream,
     };
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    let requester = certs::requester(chain);
-    let proved = !chain.is_empty();
-    Ok((Io::Tls(Box::new(stream)), requester, proved))
+    let requester = if chain.is_empty() {
+        requester
+    } else {
+        requester.proved(Who::Client(certs::holder(chain)))
+    };
+    Ok((Io::Tls(Box::new(stream)), requester))
 }

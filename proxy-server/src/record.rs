@@ -1,11 +1,13 @@
 //! One line in the access log and the counters for each request, written when its guard is dropped, whatever happened.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proto::{Counters, Destination, Reason};
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
+use crate::serve::Request;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -57,6 +59,8 @@ pub struct StreamRecord {
     metrics: Arc<Metrics>,
     frontend: &'static str,
     requester: String,
+    /// From where.
+    from: String,
     destination: Destination,
     /// Which way it took.
     pub path: Path,
@@ -75,18 +79,14 @@ pub struct StreamRecord {
 impl StreamRecord {
     /// Begins with the request.
     #[must_use]
-    pub fn new(
-        metrics: &Arc<Metrics>,
-        frontend: &'static str,
-        requester: String,
-        destination: Destination,
-    ) -> Self {
+    pub fn new(metrics: &Arc<Metrics>, request: &Request) -> Self {
         metrics.streams_open.inc();
         Self {
             metrics: Arc::clone(metrics),
-            frontend,
-            requester,
-            destination,
+            frontend: request.frontend,
+            requester: request.requester.to_string(),
+            from: request.requester.source(),
+            destination: request.destination.clone(),
             path: Path::None,
             node: String::new(),
             session: String::new(),
@@ -129,6 +129,7 @@ impl Drop for StreamRecord {
             target: "access",
             frontend = self.frontend,
             requester = self.requester,
+            from = self.from,
             destination = %self.destination,
             node = self.node,
             path = self.path.label(),
@@ -140,6 +141,84 @@ impl Drop for StreamRecord {
             dial_ms = dial.and_then(|ms| u64::try_from(ms).ok()),
             ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "stream"
+        );
+    }
+}
+
+/// The record of one request over a kept connection of the forward proxy, whose stream has a record of its own. Only the
+/// bytes of bodies count. Dropped without [`RequestRecord::end`] it says [`Reason::Cancelled`].
+#[derive(Debug)]
+pub struct RequestRecord {
+    frontend: &'static str,
+    requester: String,
+    from: String,
+    destination: Destination,
+    /// The node, once routed.
+    pub node: String,
+    /// Of the URL, without the query, which may hold secrets.
+    url_path: String,
+    /// What the exporter answered.
+    pub status: Option<u16>,
+    /// Bytes of the request's body.
+    pub to_edge: Arc<AtomicU64>,
+    /// Bytes of the answer's body.
+    pub from_edge: u64,
+    started: Instant,
+    outcome: Outcome,
+    sentence: String,
+}
+
+impl RequestRecord {
+    /// Begins with the request.
+    #[must_use]
+    pub fn new(request: &Request, url_path: &str) -> Self {
+        Self {
+            frontend: request.frontend,
+            requester: request.requester.to_string(),
+            from: request.requester.source(),
+            destination: request.destination.clone(),
+            node: String::new(),
+            url_path: url_path.to_owned(),
+            status: None,
+            to_edge: Arc::default(),
+            from_edge: 0,
+            started: Instant::now(),
+            outcome: Outcome::Failed(Reason::Cancelled),
+            sentence: String::new(),
+        }
+    }
+
+    /// How it ended; `sentence` is what the requester was told, if anything.
+    pub fn end(&mut self, outcome: Outcome, sentence: &str) {
+        self.outcome = outcome;
+        sentence.clone_into(&mut self.sentence);
+    }
+}
+
+impl Drop for RequestRecord {
+    fn drop(&mut self) {
+        // Kept connections lead to the edge and nowhere else.
+        let path = if self.status.is_some() {
+            Path::Tunnel
+        } else {
+            Path::None
+        };
+        tracing::info!(
+            target: "access",
+            frontend = self.frontend,
+            requester = self.requester,
+            from = self.from,
+            destination = %self.destination,
+            node = self.node,
+            path = path.label(),
+            url_path = self.url_path,
+            status = self.status,
+            reason = self.outcome.label(),
+            said = self.sentence,
+            to_edge = self.to_edge.load(Ordering::Relaxed),
+            from_edge = self.from_edge,
+            ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "request"
         );
     }
 }

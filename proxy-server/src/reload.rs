@@ -1,4 +1,5 @@
-//! What changes without a restart: routes, log level, the operator's CA, tokens and passwords, revocations. Sessions
+//! What changes without a restart: routes, log level, the operator's CA, tokens and passwords, who may ask
+//! for what, revocations. Sessions
 //! and streams are not touched. A reload that is wrong is refused as a whole and the old settings stay.
 
 use std::convert::Infallible;
@@ -187,12 +188,17 @@ impl Reloader {
                 (&changeable.konnectivity, frontend)
             {
                 konnectivity.elsewhere.store(Arc::new(*default));
+                konnectivity.policy.store(Arc::new(frontend.policy()));
+            }
+            if let Some(connect) = &changeable.connect {
+                connect.policy.store(Arc::new(frontend.policy()));
             }
             if let (Some(live), Some(tls)) = (&changeable.tls, tls) {
                 live.store(tls);
             }
             if let Some(proxy) = &changeable.proxy {
                 proxy.credentials.store(Arc::new(credentials));
+                proxy.policy.store(Arc::new(frontend.policy()));
             }
         }
         let table = RouteTable::new(&new.routes);
@@ -201,6 +207,9 @@ impl Reloader {
             tracing::warn!(
                 "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes"
             );
+        }
+        for useless in new.useless_rules() {
+            tracing::warn!("{useless}");
         }
         self.running = new;
         Ok(())

@@ -1,9 +1,10 @@
-//! One request end to end: route → pick → open → header and reply → relay → record.
+//! One request end to end: route → policy → pick → open → header and reply → relay → record.
 //!
 //! | step | failure | what the requester reads |
 //! | --- | --- | --- |
 //! | permits | none left | overloaded |
 //! | route | two nodes share the address; not at the edge and `refuse` | both names; unknown destination |
+//! | policy | the frontend's rules don't permit it | destination, requester: not allowed |
 //! | pick | no session | node X: no session since …, last error: … |
 //! | open, header | session lost | the next session is tried, as no byte of the request is on its way; else session lost |
 //! | open, header | stream reset, garbage | node X: the agent's reason or protocol; not tried again |
@@ -34,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::Cluster;
 use crate::config::{Elsewhere, Timeouts};
 use crate::error::Refusal;
+use crate::frontend::policy::{Policy, Requester, Target};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::path::direct;
@@ -83,12 +85,14 @@ pub struct Forwarder {
 pub struct Request {
     /// Which frontend; metric label.
     pub frontend: &'static str,
-    /// Who asks; for the access log.
-    pub requester: String,
+    /// Who asks.
+    pub requester: Requester,
     /// Where to.
     pub destination: Destination,
     /// What about destinations that are not at the edge.
     pub elsewhere: Elsewhere,
+    /// Who may ask for what.
+    pub policy: Arc<Policy>,
 }
 
 #[derive(Debug)]
@@ -134,17 +138,11 @@ impl Forwarder {
         request: Request,
         gone: impl Future<Output = ()> + Send,
     ) -> Result<Opened, Refusal> {
-        let Request {
-            frontend,
-            requester,
-            destination,
-            elsewhere,
-        } = request;
-        let mut record = StreamRecord::new(&self.metrics, frontend, requester, destination.clone());
+        let mut record = StreamRecord::new(&self.metrics, &request);
         let opened = tokio::select! {
             biased;
-            opened = self.try_open(&destination, elsewhere, &mut record) => opened,
-            () = gone => Err(Refusal::about(&destination, Reason::Cancelled)),
+            opened = self.try_open(&request, &mut record) => opened,
+            () = gone => Err(Refusal::about(&request.destination, Reason::Cancelled)),
         };
         match opened {
             Ok((halves, from_tunnel, permit)) => {
@@ -176,24 +174,54 @@ impl Forwarder {
         table.route(destination, &cluster, known)
     }
 
+    /// Routes a request and decides about it; `node` is set once it is routed to one.
+    ///
+    /// # Errors
+    /// No such way, or not for this requester.
+    pub fn admit(&self, request: &Request, node: &mut String) -> Result<Route, Refusal> {
+        let Request {
+            requester,
+            destination,
+            elsewhere,
+            policy,
+            ..
+        } = request;
+        let route = self.route(destination)?;
+        match (&route, elsewhere) {
+            (Route::Edge { node: name, .. }, _) => node.clone_from(name),
+            (Route::Elsewhere, Elsewhere::Direct) => {}
+            // Said to whoever may use the frontend at all: a name that is mistyped is no question of rules.
+            (Route::Elsewhere, Elsewhere::Refuse) => {
+                let detail = if self.routing.cluster.is_waiting() {
+                    "the cluster's nodes are not known yet"
+                } else {
+                    ""
+                };
+                let reason = Reason::UnknownDestination;
+                return Err(Refusal::detailed(destination, reason, detail));
+            }
+        }
+        policy.check(requester, destination, Target::from(&route))?;
+        Ok(route)
+    }
+
     async fn try_open(
         &self,
-        destination: &Destination,
-        elsewhere: Elsewhere,
+        request: &Request,
         record: &mut StreamRecord,
     ) -> Result<(Halves, Bytes, OwnedSemaphorePermit), Refusal> {
+        let destination = &request.destination;
         let deadline = Instant::now() + self.timeouts.dial;
         let overloaded = |reason| Refusal::about("proxy-server", reason);
         let permit = self.limits.stream().map_err(overloaded)?;
         let _pending = self.limits.pending_dial().map_err(overloaded)?;
-        match self.route(destination)? {
+        match self.admit(request, &mut record.node)? {
             Route::Edge {
                 agent,
                 node,
                 dialled,
             } => {
                 record.path = Path::Tunnel;
-                record.node.clone_from(&node);
                 let host = dialled.unwrap_or_else(|| destination.host.clone());
                 let dialled = Destination {
                     host,
@@ -204,24 +232,13 @@ impl Forwarder {
                     .await?;
                 Ok((halves, early, permit))
             }
-            Route::Elsewhere => match elsewhere {
-                Elsewhere::Refuse => {
-                    let detail = if self.routing.cluster.is_waiting() {
-                        "the cluster's nodes are not known yet"
-                    } else {
-                        ""
-                    };
-                    let reason = Reason::UnknownDestination;
-                    Err(Refusal::detailed(destination, reason, detail))
-                }
-                Elsewhere::Direct => {
-                    record.path = Path::Direct;
-                    let own = self.own.load();
-                    let stream = direct::dial(destination, &own, deadline).await?;
-                    let (send, recv) = tcp::halves(stream);
-                    Ok((Halves::Direct(send, recv), Bytes::new(), permit))
-                }
-            },
+            Route::Elsewhere => {
+                record.path = Path::Direct;
+                let own = self.own.load();
+                let stream = direct::dial(destination, &own, deadline).await?;
+                let (send, recv) = tcp::halves(stream);
+                Ok((Halves::Direct(send, recv), Bytes::new(), permit))
+            }
         }
     }
 

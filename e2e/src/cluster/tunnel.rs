@@ -86,7 +86,12 @@ impl Tunnel {
                     "listen": format!("unix:{}", Self::socket(state).display()),
                     "default": "refuse",
                 },
-                {"type": "httpConnect", "listen": format!("tcp:{PUBLIC}:8444"), "default": "refuse"},
+                {
+                    "type": "httpConnect",
+                    "listen": format!("tcp:{PUBLIC}:8444"),
+                    "default": "refuse",
+                    "allow": [{"clients": ["kube-apiserver"], "nodes": ["*"], "ports": [10250]}],
+                },
                 // For aggregated APIs, which are in the cloud.
                 {
                     "type": "httpConnect",
@@ -97,13 +102,15 @@ impl Tunnel {
                     "type": "forwardProxy",
                     "listen": format!("tcp:{PUBLIC}:{PROXY}"),
                     "basicAuthFile": dir.join("scrapers"),
+                    "allow": [{"users": [USER], "nodes": ["*"], "ports": [10250, 9100]}],
                 },
             ],
             "observe": {"listen": "127.0.0.1:9440"},
             "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
         });
         fs::write(dir.join("proxy-server.yaml"), config.to_string())?;
-        fs::write(dir.join("scrapers"), format!("{USER}:{PASSWORD}\n"))?;
+        let line = proxy_server::frontend::credentials::line(USER, PASSWORD)?;
+        fs::write(dir.join("scrapers"), line)?;
         let server = Spawn::new("proxy-server", &programs.server)
             .args(["run", "--config"])
             .arg(dir.join("proxy-server.yaml"))

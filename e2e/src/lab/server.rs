@@ -49,7 +49,8 @@ impl Server {
             "frontends": [
                 {"type": "httpConnect", "listen": format!("unix:{}", dir.join("connect.sock").display()),
                  "default": "refuse"},
-                {"type": "httpConnect", "listen": "tcp:203.0.113.10:8444", "default": "refuse"},
+                {"type": "httpConnect", "listen": "tcp:203.0.113.10:8444", "default": "refuse",
+                 "allow": [{"clients": ["*"], "nodes": ["*"], "ports": ["1-65535"]}]},
             ],
             "drain": {"minDelay": "500ms", "grace": "10s"},
             "observe": {"listen": "0.0.0.0:9440"},

@@ -45,7 +45,10 @@ fn scrape(proxy: &mut Tunnel) -> Result<(String, Duration)> {
 fn a_kept_connection_is_scraped_in_one_round_trip() {
     lab::scenario(|lab| {
         let (link, small) = on_a_line(lab, |config| {
-            let scrapers = json!({"type": "forwardProxy", "listen": format!("tcp:{PROXY}")});
+            let scrapers = json!({
+                "type": "forwardProxy", "listen": format!("tcp:{PROXY}"),
+                "allow": [{"clients": ["prometheus"], "nodes": ["*"], "ports": [9100]}],
+            });
             if let Some(frontends) = config["frontends"].as_array_mut() {
                 frontends.push(scrapers);
             }

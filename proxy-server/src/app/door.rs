@@ -38,6 +38,7 @@ impl Door {
                     forwarder,
                     tls,
                     elsewhere: ArcSwap::from_pointee(*default),
+                    policy: ArcSwap::from_pointee(frontend.policy()),
                 };
                 Ok(Self::Connect(listener, Arc::new(door)))
             }
@@ -45,6 +46,7 @@ impl Door {
                 let door = Konnectivity {
                     forwarder,
                     elsewhere: ArcSwap::from_pointee(*default),
+                    policy: ArcSwap::from_pointee(frontend.policy()),
                     tasks: streams.clone(),
                 };
                 Ok(Self::Konnectivity(listener, Arc::new(door)))
@@ -57,6 +59,7 @@ impl Door {
                     forwarder,
                     tls,
                     credentials,
+                    policy: ArcSwap::from_pointee(frontend.policy()),
                     pool,
                     tasks,
                 });

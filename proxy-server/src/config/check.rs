@@ -129,6 +129,9 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 continue;
             }
         };
+        for (n, rule) in frontend.allow().unwrap_or_default().iter().enumerate() {
+            rule.check(&key(&format!("allow[{n}]")), problems);
+        }
         problems.check(
             client_ca.is_none() || !allowed_names.is_empty(),
             key("allowedNames"),

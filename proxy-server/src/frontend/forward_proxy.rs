@@ -1,9 +1,10 @@
 //! A forward proxy for scrapers, over TLS: CONNECT for HTTPS kubelets, absolute-form requests (RFC 9112 section 3.2.2)
 //! for plain exporters, with pooled connections to the destinations.
 //!
-//! Who may use it: a client certificate, a bearer token or a password ([`Credentials`]). Only destinations at the edge
-//! are reached, never anything else.
+//! Who may use it: a client certificate, a bearer token or a password ([`Credentials`]); for what, [`Policy`] says, for
+//! each request, also over kept connections. Only destinations at the edge are reached, never anything else.
 
+mod body;
 mod discovery;
 mod pool;
 
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use body::{Answered, Sent};
 use bytes::Bytes;
 use daemon::{Peer, Stream, Tasks};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
@@ -27,13 +29,14 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioIo, TokioTimer};
 pub use pool::Pool;
 use proto::{Destination, Reason, RelayEnd};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::credentials::Credentials;
+use super::policy::{Policy, Requester, Who};
 use super::{Io, LiveTls, handshake};
 use crate::config::Elsewhere;
 use crate::error::Refusal;
-use crate::record::{Outcome, Path};
+use crate::record::{Outcome, Path, RequestRecord};
 use crate::serve::{Forwarder, Opened, Request};
 
 /// Metric label.
@@ -53,6 +56,8 @@ pub struct ForwardProxy {
     pub tls: LiveTls,
     /// Tokens and passwords.
     pub credentials: ArcSwap<Credentials>,
+    /// Who may ask for what.
+    pub policy: ArcSwap<Policy>,
     /// Connections to plain exporters.
     pub pool: Pool,
     /// Owner of relays that outlive their request.
@@ -64,19 +69,17 @@ impl ForwardProxy {
     pub async fn serve(self: Arc<Self>, stream: Stream, peer: Peer) {
         let limit = self.forwarder.timeouts.header;
         let metrics = &self.forwarder.metrics;
-        let Ok((io, requester, proved)) =
-            handshake(stream, &peer, Some(&self.tls), limit, metrics).await
+        let Ok((io, requester)) = handshake(stream, &peer, Some(&self.tls), limit, metrics).await
         else {
             return;
         };
-        let certified = proved.then_some(requester);
         let stop = self.tasks.stopping();
         let asked = AtomicBool::new(false);
         let service = service_fn(|request| {
             asked.store(true, Ordering::Relaxed);
             let proxy = Arc::clone(&self);
-            let certified = certified.clone();
-            async move { Ok::<_, Infallible>(proxy.answer(request, certified).await) }
+            let requester = requester.clone();
+            async move { Ok::<_, Infallible>(proxy.answer(request, requester).await) }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -96,7 +99,7 @@ impl ForwardProxy {
             ended = connection.as_mut() => ended,
             () = silent => {
                 let sentence = "no request came in time".to_owned();
-                self.refuse(&Refusal { reason: Reason::Timeout, sentence });
+                self.refuse(&requester, &Refusal { reason: Reason::Timeout, sentence });
                 return;
             }
             () = stop.cancelled() => {
@@ -107,10 +110,11 @@ impl ForwardProxy {
         if let Err(error) = ended {
             if error.is_parse() {
                 let sentence = format!("the request is not HTTP/1.1: {error}");
-                self.refuse(&Refusal {
+                let refusal = Refusal {
                     reason: Reason::BadRequest,
                     sentence,
-                });
+                };
+                self.refuse(&requester, &refusal);
             }
             tracing::debug!(%peer, error = %daemon::chain(&error), "forward proxy connection ended");
         }
@@ -119,22 +123,30 @@ impl ForwardProxy {
     async fn answer(
         self: Arc<Self>,
         request: HttpRequest<Incoming>,
-        certified: Option<String>,
+        connected: Requester,
     ) -> Response<Body> {
-        let who = certified.or_else(|| self.credentials.load().requester(request.headers()));
-        let Some(requester) = who else {
-            let sentence = Reason::Unauthenticated.sentence().to_owned();
-            return self.refuse(&Refusal {
-                reason: Reason::Unauthenticated,
-                sentence,
-            });
+        let requester = if connected.who == Who::Unproved {
+            let user = self.credentials.load().user(request.headers());
+            match user {
+                Some(user) => connected.proved(Who::User(user)),
+                None => connected,
+            }
+        } else {
+            connected
         };
+        if requester.who == Who::Unproved {
+            let refusal = Refusal {
+                reason: Reason::Unauthenticated,
+                sentence: Reason::Unauthenticated.sentence().to_owned(),
+            };
+            return self.refuse(&requester, &refusal);
+        }
         let uri = request.uri();
         if request.method() == Method::GET
             && uri.authority().is_none()
             && uri.path().starts_with(discovery::PREFIX)
         {
-            tracing::info!(target: "access", frontend = NAME, requester, path = uri.path(), "discovery");
+            tracing::info!(target: "access", frontend = NAME, %requester, from = requester.source(), path = uri.path(), "discovery");
             return discovery::answer(&self.forwarder, uri.path());
         }
         let answered = if request.method() == Method::CONNECT {
@@ -146,30 +158,25 @@ impl ForwardProxy {
     }
 
     /// Refuses what never became a [`Request`].
-    fn refuse(&self, refusal: &Refusal) -> Response<Body> {
+    fn refuse(&self, requester: &Requester, refusal: &Refusal) -> Response<Body> {
         self.forwarder
             .metrics
             .stream(NAME, Path::None, Outcome::Failed(refusal.reason));
-        tracing::info!(target: "access", frontend = NAME, reason = refusal.reason.label(), said = %refusal, "request refused");
+        tracing::info!(target: "access", frontend = NAME, %requester, from = requester.source(), reason = refusal.reason.label(), said = %refusal, "request refused");
         response(refusal)
     }
 
     async fn connect(
         self: Arc<Self>,
         mut request: HttpRequest<Incoming>,
-        requester: String,
+        requester: Requester,
     ) -> Result<Response<Body>, Refusal> {
         let authority = request.uri().authority().map(http::uri::Authority::as_str);
         let destination = match destination(authority, None) {
             Ok(destination) => destination,
-            Err(refusal) => return Ok(self.refuse(&refusal)),
+            Err(refusal) => return Ok(self.refuse(&requester, &refusal)),
         };
-        let wanted = Request {
-            frontend: NAME,
-            requester,
-            destination,
-            elsewhere: Elsewhere::Refuse,
-        };
+        let wanted = self.wanted(requester, destination);
         // hyper drops this future when the requester hangs up, and with it the stream that is being opened.
         let opened = self.forwarder.open(wanted, std::future::pending()).await?;
         let upgrade = hyper::upgrade::on(&mut request);
@@ -189,39 +196,56 @@ impl ForwardProxy {
     async fn forward(
         &self,
         mut request: HttpRequest<Incoming>,
-        requester: String,
+        requester: Requester,
     ) -> Result<Response<Body>, Refusal> {
         let uri = request.uri();
         if uri.scheme() != Some(&http::uri::Scheme::HTTP) {
             let sentence = "only http:// URLs and CONNECT are served here".to_owned();
-            return Ok(self.refuse(&Refusal {
+            let refusal = Refusal {
                 reason: Reason::BadRequest,
                 sentence,
-            }));
+            };
+            return Ok(self.refuse(&requester, &refusal));
         }
         let authority = uri.authority().map(http::uri::Authority::as_str);
         let destination = match destination(authority, Some(80)) {
             Ok(destination) => destination,
-            Err(refusal) => return Ok(self.refuse(&refusal)),
+            Err(refusal) => return Ok(self.refuse(&requester, &refusal)),
         };
-        // Without the query, which may hold secrets.
-        let path = uri.path().to_owned();
+        let wanted = self.wanted(requester, destination);
+        let mut record = RequestRecord::new(&wanted, uri.path());
+        // A kept connection may be there already, opened for somebody else: who may ask is decided for each request.
+        if let Err(refusal) = self.forwarder.admit(&wanted, &mut record.node) {
+            let outcome = Outcome::Failed(refusal.reason);
+            self.forwarder.metrics.stream(NAME, Path::None, outcome);
+            record.end(outcome, &refusal.sentence);
+            return Err(refusal);
+        }
         strip_hop_by_hop(request.headers_mut());
         *request.version_mut() = http::Version::HTTP_11;
-        let began = Instant::now();
-        let answered = self.pool.send(request).await;
-        let (status, reason) = match &answered {
-            Ok(response) => (Some(response.status().as_u16()), Outcome::Ok),
-            Err(refusal) => (None, Outcome::Failed(refusal.reason)),
-        };
-        // The pooled stream's own line says what moved; this one who asked for what.
-        tracing::info!(
-            target: "access", frontend = NAME, requester, %destination, path, status, reason = reason.label(),
-            ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), "request"
-        );
+        let moved = Arc::clone(&record.to_edge);
+        let answered = self
+            .pool
+            .send(request.map(|body| Sent { body, moved }))
+            .await;
+        if let Err(refusal) = &answered {
+            record.end(Outcome::Failed(refusal.reason), &refusal.sentence);
+        }
         let (mut head, body) = answered?.into_parts();
+        record.status = Some(head.status.as_u16());
         strip_hop_by_hop(&mut head.headers);
+        let body = Answered { body, record };
         Ok(Response::from_parts(head, body.boxed()))
+    }
+
+    fn wanted(&self, requester: Requester, destination: Destination) -> Request {
+        Request {
+            frontend: NAME,
+            requester,
+            destination,
+            elsewhere: Elsewhere::Refuse,
+            policy: self.policy.load_full(),
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use proto::{Destination, Reason, RelayEnd};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
+use super::policy::Policy;
 use super::{Io, LiveTls, handshake};
 use crate::config::Elsewhere;
 use crate::error::Refusal;
@@ -42,6 +43,8 @@ pub struct HttpConnect {
     pub tls: Option<LiveTls>,
     /// What about destinations that are not at the edge.
     pub elsewhere: ArcSwap<Elsewhere>,
+    /// Who may ask for what.
+    pub policy: ArcSwap<Policy>,
 }
 
 impl HttpConnect {
@@ -49,7 +52,7 @@ impl HttpConnect {
     pub async fn serve(self: Arc<Self>, stream: Stream, peer: Peer) {
         let limit = self.forwarder.timeouts.header;
         let metrics = &self.forwarder.metrics;
-        let Ok((mut io, requester, _)) =
+        let Ok((mut io, requester)) =
             handshake(stream, &peer, self.tls.as_ref(), limit, metrics).await
         else {
             return;
@@ -70,7 +73,7 @@ impl HttpConnect {
                     crate::record::Path::None,
                     crate::record::Outcome::Failed(refusal.reason),
                 );
-                tracing::info!(target: "access", frontend = NAME, %requester, reason = refusal.reason.label(), said = %refusal, "request refused");
+                tracing::info!(target: "access", frontend = NAME, %requester, from = requester.source(), reason = refusal.reason.label(), said = %refusal, "request refused");
                 return answer(&mut io, &refusal).await;
             }
         };
@@ -79,6 +82,7 @@ impl HttpConnect {
             requester,
             destination,
             elsewhere: **self.elsewhere.load(),
+            policy: self.policy.load_full(),
         };
         let opened = self
             .forwarder

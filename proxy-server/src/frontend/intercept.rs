@@ -45,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Elsewhere};
 use crate::error::Refusal;
+use crate::frontend::policy::{Policy, Requester, Who};
 use crate::path::direct;
 use crate::record::{Outcome, Path};
 use crate::route::Route;
@@ -137,7 +138,7 @@ impl Intercept {
 
     /// Serves one connection.
     pub async fn serve(self: Arc<Self>, mut stream: Stream, peer: Peer) {
-        let mut requester = peer.to_string();
+        let mut requester = Requester::new(&peer);
         let mut buffer = BytesMut::new();
         let read = self.destination(&stream, &peer, &mut requester, &mut buffer);
         let destination = match read.await {
@@ -146,7 +147,7 @@ impl Intercept {
             Err(Stop::Refused(refusal)) => {
                 let failed = Outcome::Failed(refusal.reason);
                 self.forwarder.metrics.stream(NAME, Path::None, failed);
-                tracing::info!(target: "audit", frontend = NAME, requester, reason = refusal.reason.label(), said = %refusal, "connection refused");
+                tracing::info!(target: "audit", frontend = NAME, %requester, from = requester.source(), reason = refusal.reason.label(), said = %refusal, "connection refused");
                 return answer::refuse(stream, Speech::of(&buffer), &refusal).await;
             }
         };
@@ -156,6 +157,7 @@ impl Intercept {
             requester,
             destination,
             elsewhere: Elsewhere::Refuse,
+            policy: Arc::new(Policy::Open),
         };
         let gone = until_gone(&stream, &mut buffer, speech);
         match self.forwarder.open(request, gone).await {
@@ -174,7 +176,7 @@ impl Intercept {
         &self,
         stream: &Stream,
         peer: &Peer,
-        requester: &mut String,
+        requester: &mut Requester,
         buffer: &mut BytesMut,
     ) -> Result<Destination, Stop> {
         let settings = self.settings.load_full();
@@ -187,7 +189,10 @@ impl Intercept {
         };
         let (source, original) = match ends {
             Some(ends) => {
-                *requester = format!("{} via {peer}", ends.source);
+                *requester = Requester {
+                    who: Who::Through(peer),
+                    peer: Some(Peer::Tcp(ends.source)),
+                };
                 (ends.source, Some(ends.destination))
             }
             None => (peer, self.original(stream)),

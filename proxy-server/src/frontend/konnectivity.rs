@@ -36,7 +36,7 @@
 //! | no call within `timeouts.header`, no dial within a call's first | the connection, the call ends |
 //! | we stop | calls without connections end, new dials are refused, the rest may finish within the grace |
 //!
-//! kube-apiserver puts the socket's path into `:authority`, which no HTTP/2 server in Rust accepts; see [`authority`].
+//! kube-apiserver puts the socket's path into `:authority`, which no HTTP/2 server in Rust accepts; see `authority.rs`.
 
 mod authority;
 mod block;
@@ -66,6 +66,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tower_service::Service as _;
 
 use crate::config::Elsewhere;
+use crate::frontend::policy::{Policy, Requester};
 use crate::serve::Forwarder;
 
 /// What the build script makes of konnectivity.proto.
@@ -101,6 +102,8 @@ pub struct Konnectivity {
     pub forwarder: Arc<Forwarder>,
     /// What about destinations that are not at the edge.
     pub elsewhere: ArcSwap<Elsewhere>,
+    /// Who may ask for what.
+    pub policy: ArcSwap<Policy>,
     /// Owner of calls and connections.
     pub tasks: Tasks,
 }
@@ -114,7 +117,7 @@ impl Konnectivity {
         let executor = Executor(self.tasks.clone());
         let calls = ProxyServiceServer::new(Calls {
             frontend: self,
-            requester: peer.to_string(),
+            requester: Requester::new(&peer),
             called: Arc::clone(&called),
         });
         let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
@@ -156,7 +159,7 @@ impl Konnectivity {
 /// The service for one connection: it knows who is at the other end.
 struct Calls {
     frontend: Arc<Konnectivity>,
-    requester: String,
+    requester: Requester,
     called: Arc<AtomicBool>,
 }
 
@@ -172,6 +175,7 @@ impl ProxyService for Calls {
         let Konnectivity {
             forwarder,
             elsewhere,
+            policy,
             tasks,
         } = &*self.frontend;
         let (packets, queue) = mpsc::channel(PACKETS);
@@ -184,6 +188,7 @@ impl ProxyService for Calls {
             forwarder: Arc::clone(forwarder),
             elsewhere: **elsewhere.load(),
             requester: self.requester.clone(),
+            policy: policy.load_full(),
             tasks: tasks.clone(),
             table: Arc::default(),
             packets,

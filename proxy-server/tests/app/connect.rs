@@ -277,8 +277,6 @@ async fn a_requester_that_hangs_up_cancels_the_dial() {
 async fn what_is_not_at_the_edge_is_dialled_where_the_frontend_says_so_but_never_loopback() {
     let dir = tempfile::tempdir().unwrap();
     let file = configuration(dir.path(), "");
-    std::fs::write(dir.path().join("tokens"), "token-of-prometheus\n").unwrap();
-    std::fs::write(dir.path().join("users"), "prom:a-long-password\n").unwrap();
     let direct = text(&file).replace("connect.sock'}", "connect.sock', default: direct}");
     rewrite(&file, &direct);
     let stack = Stack::start_with(dir, &file);

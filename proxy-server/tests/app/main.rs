@@ -9,6 +9,7 @@
 )]
 
 mod agents;
+mod allow;
 mod api;
 mod cluster;
 mod connect;

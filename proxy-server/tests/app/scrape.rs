@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use crate::stack::{Stack, allow, shouter, status_line, tls, within};
 
 /// An exporter that counts its connections and serves keep-alive HTTP.
-async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
+pub(crate) async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tasks.spawn(async move {
@@ -36,7 +36,7 @@ async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
 pub(crate) async fn ask(stack: &Stack, request: &str) -> (String, String) {
     let mut own = stack.client("nobody");
     own.credential = stack.client("prometheus").credential;
-    let mut stream = anonymous(stack).await;
+    let mut stream = anonymous(stack, 2).await;
     stream.write_all(request.as_bytes()).await.unwrap();
     let line = status_line(&mut stream).await;
     let mut body = String::new();
@@ -45,7 +45,10 @@ pub(crate) async fn ask(stack: &Stack, request: &str) -> (String, String) {
 }
 
 /// TLS without a client certificate.
-async fn anonymous(stack: &Stack) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+pub(crate) async fn anonymous(
+    stack: &Stack,
+    frontend: usize,
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
     let mut roots = rustls::RootCertStore::empty();
     for root in stack.issuer().bundle().roots() {
         roots.add(root.clone()).unwrap();
@@ -56,7 +59,9 @@ async fn anonymous(stack: &Stack) -> tokio_rustls::client::TlsStream<tokio::net:
         .with_root_certificates(roots)
         .with_no_client_auth();
     #[expect(clippy::disallowed_methods, reason = "a requester")]
-    let stream = tokio::net::TcpStream::connect(stack.tcp(2)).await.unwrap();
+    let stream = tokio::net::TcpStream::connect(stack.tcp(frontend))
+        .await
+        .unwrap();
     let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
     tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
         .connect(name, stream)
@@ -64,8 +69,8 @@ async fn anonymous(stack: &Stack) -> tokio_rustls::client::TlsStream<tokio::net:
         .unwrap()
 }
 
-/// Basic of prom:a-long-password
-pub(crate) const BASIC: &str = "Proxy-Authorization: Basic cHJvbTphLWxvbmctcGFzc3dvcmQ=";
+/// Basic of prom:a-long-random-password
+pub(crate) const BASIC: &str = "Proxy-Authorization: Basic cHJvbTphLWxvbmctcmFuZG9tLXBhc3N3b3Jk";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn plain_exporters_are_scraped_over_kept_connections() {
@@ -101,7 +106,7 @@ async fn connect_works_with_a_token_a_password_or_a_certificate() {
                 .await
                 .unwrap()
         } else {
-            anonymous(&stack).await
+            anonymous(&stack, 2).await
         };
         let header = if header.is_empty() {
             String::new()

@@ -41,18 +41,34 @@ pub(crate) struct Stack {
 /// `more` is added to the configuration, which has Unix sockets at `connect.sock` and `konnectivity.sock`, mTLS and a
 /// forward proxy.
 pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
+    let frontends = format!(
+        "- {{type: httpConnect, listen: 'unix:{d}/connect.sock'}}\n\
+         - {{type: httpConnect, listen: 'tcp:127.0.0.1:0', allow: [{{clients: [kube-apiserver], nodes: ['*'], ports: ['1-65535']}}]}}\n\
+         - {{type: forwardProxy, listen: 'tcp:127.0.0.1:0', bearerTokenFile: {d}/tokens, basicAuthFile: {d}/users, \
+         allow: [{{clients: [prometheus], users: [prom], nodes: ['*'], ports: ['1-65535']}}]}}\n\
+         - {{type: konnectivity, listen: 'unix:{d}/konnectivity.sock'}}\n",
+        d = dir.display(),
+    );
+    configuration_of(dir, &frontends, more)
+}
+
+/// A configuration with these frontends. `prom` has a token in the file `tokens` and a password in `users`.
+pub(crate) fn configuration_of(dir: &Path, frontends: &str, more: &str) -> PathBuf {
     let drain = if more.contains("drain:") {
         ""
     } else {
         "drain: {minDelay: 10ms, grace: 10s}"
     };
+    for (file, secret) in [
+        ("tokens", "token-of-prometheus"),
+        ("users", "a-long-random-password"),
+    ] {
+        let line = proxy_server::frontend::credentials::line("prom", secret).unwrap();
+        std::fs::write(dir.join(file), line).unwrap();
+    }
     let text = format!(
         "stateDir: {d}/state\nname: proxy-1\ncertificate: {{dnsNames: [localhost], ipAddresses: [127.0.0.1]}}\n\
-         backend: {{listen: ['127.0.0.1:0']}}\n\
-         frontends:\n- {{type: httpConnect, listen: 'unix:{d}/connect.sock'}}\n\
-         - {{type: httpConnect, listen: 'tcp:127.0.0.1:0'}}\n\
-         - {{type: forwardProxy, listen: 'tcp:127.0.0.1:0', bearerTokenFile: {d}/tokens, basicAuthFile: {d}/users}}\n\
-         - {{type: konnectivity, listen: 'unix:{d}/konnectivity.sock'}}\n\
+         backend: {{listen: ['127.0.0.1:0']}}\nfrontends:\n{frontends}\
          observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\n{drain}\n{more}\n",
         d = dir.display(),
     );
@@ -64,8 +80,6 @@ pub(crate) fn configuration(dir: &Path, more: &str) -> PathBuf {
 impl Stack {
     pub(crate) fn start(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("tokens"), "token-of-prometheus\n").unwrap();
-        std::fs::write(dir.path().join("users"), "prom:a-long-password\n").unwrap();
         let file = configuration(dir.path(), more);
         Self::start_with(dir, &file)
     }

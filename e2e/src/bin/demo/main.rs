@@ -161,16 +161,18 @@ async fn discard<T>(run: impl Future<Output = T>) {
 }
 
 fn server(dir: &Path) -> Result<Bound> {
-    std::fs::write(dir.join("users"), format!("{}\n", requests::USER))?;
+    let user = proxy_server::frontend::credentials::line(requests::USER, requests::PASSWORD)?;
+    std::fs::write(dir.join("users"), user)?;
     let file = dir.join("proxy-server.yaml");
     let text = format!(
         "stateDir: {d}/server\nname: proxy-1\ncertificate: {{dnsNames: [localhost], ipAddresses: [127.0.0.1]}}\n\
          backend: {{listen: ['127.0.0.1:0']}}\n\
          frontends:\n- {{type: httpConnect, listen: 'unix:{d}/connect.sock'}}\n\
-         - {{type: forwardProxy, listen: 'tcp:127.0.0.1:0', basicAuthFile: {d}/users}}\n\
+         - {{type: forwardProxy, listen: 'tcp:127.0.0.1:0', basicAuthFile: {d}/users, allow: [{{users: [{user}], nodes: ['*'], ports: ['1-65535']}}]}}\n\
          observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\n\
          drain: {{minDelay: 100ms, grace: 5s}}\n",
-        d = dir.display()
+        d = dir.display(),
+        user = requests::USER,
     );
     std::fs::write(&file, text)?;
     let overrides = Overrides::default();

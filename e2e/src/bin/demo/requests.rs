@@ -21,7 +21,9 @@ use tokio_rustls::TlsConnector;
 use crate::edge::{Edge, NODE};
 
 /// The demo's scraper.
-pub(crate) const USER: &str = "demo:only-for-this-demo";
+pub(crate) const USER: &str = "demo";
+/// Its password.
+pub(crate) const PASSWORD: &str = "only-for-this-demo";
 
 /// As kube-apiserver: CONNECT over the Unix socket, TLS to the kubelet within, then a request.
 pub(crate) async fn logs(socket: &Path, edge: &Edge) -> Result<String> {
@@ -47,7 +49,7 @@ pub(crate) async fn scrape(dir: &Path, proxy: SocketAddr, edge: &Edge) -> Result
         .connect(name, stream)
         .await
         .context("TLS with the proxy-server")?;
-    let password = base64::engine::general_purpose::STANDARD.encode(USER);
+    let password = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}"));
     let request = Request::get(format!("http://{NODE}:{}/metrics", edge.exporter))
         .header("host", NODE)
         .header("proxy-authorization", format!("Basic {password}"));

@@ -19,9 +19,11 @@ use proto::{Reason, RelayEnd};
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::time::timeout;
 
+use super::body::Sent;
 use super::{NAME, destination};
 use crate::config::Elsewhere;
 use crate::error::Refusal;
+use crate::frontend::policy::{Policy, Requester};
 use crate::serve::{Forwarder, Request};
 
 /// Scrape intervals are mostly 15 s to 60 s.
@@ -35,7 +37,7 @@ const ANSWER: Duration = Duration::from_secs(60);
 
 /// The pool of a listener.
 #[derive(Debug)]
-pub struct Pool(ArcSwapOption<Client<Connector, Incoming>>);
+pub struct Pool(ArcSwapOption<Client<Connector, Sent>>);
 
 impl Pool {
     /// An empty pool; its connections are tasks of `tasks`.
@@ -61,9 +63,9 @@ impl Pool {
     ///
     /// # Errors
     /// The refusal of the stream, or that the exporter does not answer.
-    pub async fn send(
+    pub(super) async fn send(
         &self,
-        request: HttpRequest<Incoming>,
+        request: HttpRequest<Sent>,
     ) -> Result<Response<Incoming>, Refusal> {
         let authority = request
             .uri()
@@ -133,12 +135,13 @@ impl tower_service::Service<Uri> for Connector {
         Box::pin(async move {
             let authority = uri.authority().map(http::uri::Authority::as_str);
             let destination = destination(authority, Some(80)).map_err(ConnectError)?;
-            // The connection is shared by whoever may use this frontend.
+            // The connection is shared by whoever may ask for this destination; who asks was decided about before.
             let request = Request {
                 frontend: NAME,
-                requester: "pool".to_owned(),
+                requester: Requester::pool(),
                 destination,
                 elsewhere: Elsewhere::Refuse,
+                policy: Arc::new(Policy::Open),
             };
             let opened = forwarder.open(request, std::future::pending()).await;
             let opened = opened.map_err(ConnectError)?;

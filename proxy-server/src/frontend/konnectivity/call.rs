@@ -21,6 +21,7 @@ use super::table::Table;
 use super::{NAME, packet};
 use crate::config::Elsewhere;
 use crate::error::Refusal;
+use crate::frontend::policy::{Policy, Requester};
 use crate::record::{Outcome, Path};
 use crate::serve::{Forwarder, Request};
 
@@ -37,7 +38,8 @@ struct Gone;
 pub(super) struct Call {
     pub(super) forwarder: Arc<Forwarder>,
     pub(super) elsewhere: Elsewhere,
-    pub(super) requester: String,
+    pub(super) requester: Requester,
+    pub(super) policy: Arc<Policy>,
     /// Owner of what is dialled.
     pub(super) tasks: Tasks,
     pub(super) table: Arc<Table>,
@@ -135,7 +137,7 @@ impl Call {
             Err(refusal) => {
                 let metrics = &self.forwarder.metrics;
                 metrics.stream(NAME, Path::None, Outcome::Failed(refusal.reason));
-                tracing::info!(target: "access", frontend = NAME, requester = %self.requester, reason = refusal.reason.label(), said = %refusal, "request refused");
+                tracing::info!(target: "access", frontend = NAME, requester = %self.requester, from = self.requester.source(), reason = refusal.reason.label(), said = %refusal, "request refused");
                 self.say(packet::refused(random, &refusal.sentence)).await
             }
         }
@@ -189,6 +191,7 @@ impl Call {
             requester: self.requester.clone(),
             destination: destination.clone(),
             elsewhere: self.elsewhere,
+            policy: Arc::clone(&self.policy),
         };
         let opened = match self.forwarder.open(request, cancel.cancelled()).await {
             Ok(opened) => opened,
