@@ -1,7 +1,7 @@
 //! Bearer tokens and passwords of scrapers: read from files as digests, compared in constant time. The secret itself is
 //! in no file of ours.
 //!
-//! A line is `name:sha256:digest`, as [`line`] makes it. The digest is a plain SHA-256: a secret is meant to be random
+//! A line is `name:sha256:digest`, as [`line()`] makes it. The digest is a plain SHA-256: a secret is meant to be random
 //! and long, so there is nothing to guess, and a slow hash for each scrape would only slow the server down.
 
 use std::path::Path;
