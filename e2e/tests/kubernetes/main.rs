@@ -100,6 +100,9 @@ fn past_kube_apiserver(steps: &mut Steps, cluster: &mut Cluster) {
     if !started {
         return; // nothing to ask
     }
+    steps.run("prometheus_finds_and_scrapes_both_nodes", || {
+        scrapers::prometheus(cluster)
+    });
     steps.run("kubectl_top_shows_nodes_and_pods_of_the_edge", || {
         scrapers::top(cluster)
     });

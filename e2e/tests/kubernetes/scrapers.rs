@@ -1,12 +1,55 @@
-//! What asks kubelets past kube-apiserver: metrics-server, for `kubectl top`.
+//! What asks kubelets and exporters past kube-apiserver: Prometheus, and metrics-server for `kubectl top`.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::{Cluster, NODES, pods, until};
+use serde_json::Value;
 
-/// metrics-server starts within seconds and needs two rounds of 10 s for a rate.
+/// Both start within seconds; metrics-server needs two rounds of 10 s for a rate.
 const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The jobs of `deploy/prometheus`, and a series that each target of theirs has.
+const JOBS: [(&str, &str); 3] = [
+    ("edge-kubelet", "kubelet_node_name"),
+    ("edge-cadvisor", "cadvisor_version_info"),
+    ("edge-node-exporter", "node_uname_info"),
+];
+
+fn label<'a>(sample: &'a Value, name: &str) -> Option<&'a str> {
+    sample.pointer(&format!("/metric/{name}"))?.as_str()
+}
+
+/// Prometheus finds both nodes by itself and scrapes kubelet, cadvisor and exporter of each.
+pub(super) fn prometheus(cluster: &Cluster) -> Result<String> {
+    let prometheus = cluster.prometheus()?;
+    until(DEADLINE, "Prometheus scrapes all targets", || {
+        let up = prometheus.query("up")?;
+        for (job, _) in JOBS {
+            for node in NODES {
+                let target = up.iter().find(|sample| {
+                    label(sample, "job") == Some(job) && label(sample, "node") == Some(node)
+                });
+                let value = target.and_then(|sample| sample.pointer("/value/1")?.as_str());
+                ensure!(value == Some("1"), "{job} of {node}: {up:?}");
+            }
+        }
+        Ok(())
+    })?;
+    for (job, series) in JOBS {
+        let samples = prometheus.query(series)?;
+        for node in NODES {
+            let found = samples.iter().find(|sample| {
+                label(sample, "job") == Some(job) && label(sample, "node") == Some(node)
+            });
+            let found = found.with_context(|| format!("{series} of {node}: {samples:?}"))?;
+            // What the kubelet says of itself: the targets are told apart by nothing but their names.
+            let own = label(found, "exported_node");
+            ensure!(job != "edge-kubelet" || own == Some(node), "{found}");
+        }
+    }
+    Ok(format!("{} jobs of {} nodes", JOBS.len(), NODES.len()))
+}
 
 /// `kubectl top` shows rows of nodes and pods at the edge.
 pub(super) fn top(cluster: &Cluster) -> Result<String> {

@@ -5,6 +5,7 @@
 
 mod content;
 mod harness;
+mod intercept;
 mod line;
 mod load;
 mod outage;

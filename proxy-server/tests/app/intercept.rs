@@ -23,7 +23,7 @@ use crate::stack::{
 };
 
 /// Where the intercepting frontend stands in the configuration.
-const DOOR: usize = 3;
+const DOOR: usize = 4;
 /// Whoever runs the tests.
 const ANYONE: &str = "from: [127.0.0.0/8]";
 
