@@ -33,6 +33,8 @@ pub enum Egress {
         /// CA bundle, client certificate and key.
         files: [PathBuf; 3],
     },
+    /// konnectivity's gRPC over a Unix socket.
+    Grpc(PathBuf),
     /// HTTP CONNECT over a Unix socket.
     Unix(PathBuf),
 }
@@ -40,22 +42,26 @@ pub enum Egress {
 impl Egress {
     /// The EgressSelectorConfiguration.
     fn config(&self) -> Value {
-        let transport = match self {
+        let (protocol, transport) = match self {
             Self::Tls {
                 url,
                 files: [ca, certificate, key],
-            } => json!({"tcp": {
-                "url": url,
-                "tlsConfig": {"caBundle": ca, "clientCert": certificate, "clientKey": key},
-            }}),
-            Self::Unix(path) => json!({"uds": {"udsName": path}}),
+            } => (
+                "HTTPConnect",
+                json!({"tcp": {
+                    "url": url,
+                    "tlsConfig": {"caBundle": ca, "clientCert": certificate, "clientKey": key},
+                }}),
+            ),
+            Self::Grpc(path) => ("GRPC", json!({"uds": {"udsName": path}})),
+            Self::Unix(path) => ("HTTPConnect", json!({"uds": {"udsName": path}})),
         };
         json!({
             "apiVersion": "apiserver.k8s.io/v1beta1",
             "kind": "EgressSelectorConfiguration",
             "egressSelections": [{
                 "name": "cluster",
-                "connection": {"proxyProtocol": "HTTPConnect", "transport": transport},
+                "connection": {"proxyProtocol": protocol, "transport": transport},
             }],
         })
     }

@@ -19,6 +19,8 @@ use crate::process::{Process, Spawn};
 /// A session whose agent was killed says nothing, and ends after this long. The default is minutes, for edges whose line
 /// is cut now and then; here it is as short as keepalives of 10 s ± 2 s allow, so that the end can be waited for.
 const IDLE_TIMEOUT: &str = "15s";
+/// konnectivity's socket, in the tunnel's folder.
+const KONNECTIVITY: &str = "konnectivity.sock";
 /// For one step of starting: nothing here takes more than a second on an idle machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -103,6 +105,11 @@ impl Tunnel {
                     "listen": format!("tcp:{PUBLIC}:{PROXY}"),
                     "basicAuthFile": dir.join("scrapers"),
                     "allow": [{"users": [USER], "nodes": ["*"], "ports": [10250, 9100]}],
+                },
+                {
+                    "type": "konnectivity",
+                    "listen": format!("unix:{}", dir.join(KONNECTIVITY).display()),
+                    "default": "refuse",
                 },
             ],
             "observe": {"listen": "127.0.0.1:9440"},
@@ -253,6 +260,12 @@ impl Tunnel {
             url: format!("https://{PUBLIC}:8444"),
             files,
         })
+    }
+
+    /// The egress that speaks konnectivity's gRPC, at an absolute path.
+    #[must_use]
+    pub fn konnectivity(&self) -> Egress {
+        Egress::Grpc(self.dir.join(KONNECTIVITY))
     }
 
     /// Runs a command of the proxy-server on its host, in the folder of its configuration.

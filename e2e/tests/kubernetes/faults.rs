@@ -100,6 +100,56 @@ pub(super) fn stopped_reader(cluster: &Cluster) -> Result<String> {
     Ok(note)
 }
 
+/// As [`stopped_reader`], through konnectivity's gRPC: nobody else is delayed. The stopped one itself is given up after 10 s
+/// by kube-apiserver's own client, whatever the server does; what it reads until then has no gap.
+pub(super) fn stopped_reader_of_konnectivity(cluster: &Cluster) -> Result<String> {
+    let pod = pods::name("edge1");
+    let usual = probe(cluster)?;
+    let check = Arc::new(Mutex::new(LineCheck::new("edge1")));
+    let (sink, seen) = (Arc::clone(&check), Arc::clone(&check));
+    let args = ["logs", "-f", &pod, "-c", "firehose"];
+    let mut reader = cluster
+        .kubectl()
+        .start_into(&args, move |bytes| sink.lock().feed(bytes))?;
+    let count = move || seen.lock().count();
+    until(Duration::from_secs(60), "the firehose is read", || {
+        let lines = count()?;
+        ensure!(lines > 1000, "{lines} lines; {}", reader.errors());
+        Ok(())
+    })?;
+    reader.signal(Signal::SIGSTOP)?;
+    let stopped = Instant::now();
+    let mut beside = Duration::ZERO;
+    while stopped.elapsed() < STOPPED {
+        beside = beside.max(probe(cluster)?);
+    }
+    let before = count()?;
+    ensure!(
+        before < pods::FIREHOSE_LINES,
+        "it had read everything before it was stopped"
+    );
+    ensure!(
+        beside < usual + SLACK,
+        "small request {usual:.0?}, beside it {beside:.0?}"
+    );
+    reader.signal(Signal::SIGCONT)?;
+    // The container does not end, so neither would its log.
+    let mut given_up = false;
+    let lines = until(Duration::from_secs(120), "the reader goes on", || {
+        given_up = reader.wait(Duration::ZERO).is_ok();
+        let lines = count()?;
+        ensure!(
+            given_up || lines == pods::FIREHOSE_LINES,
+            "{lines} lines; {}",
+            reader.errors()
+        );
+        Ok(lines)
+    })?;
+    Ok(format!(
+        "small request {usual:.0?}, beside it {beside:.0?}; stopped at line {before}, read to line {lines}, given up: {given_up}"
+    ))
+}
+
 /// What kube-apiserver's user reads of a node that no agent serves.
 const UNKNOWN: &str = "ghost:10250: the destination is no node at the edge";
 

@@ -35,6 +35,10 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
     });
     past_kube_apiserver(&mut steps, &mut cluster);
     over_mutual_tls(&mut steps, &mut cluster);
+    over_konnectivity(&mut steps, &mut cluster);
+    steps.run("grpc_apiserver_gone_leaves_nothing_open", || {
+        open.compare(&mut cluster)
+    });
     steps.run("daemons_complain_of_nothing", || {
         upkeep::no_complaints(&cluster)
     });
@@ -131,5 +135,36 @@ fn over_mutual_tls(steps: &mut Steps, cluster: &mut Cluster) {
     });
     steps.run("mtls_an_unknown_node_is_named_in_the_error", || {
         faults::unknown_node(cluster)
+    });
+}
+
+/// The same kube-apiserver with konnectivity's gRPC, at an absolute socket path.
+fn over_konnectivity(steps: &mut Steps, cluster: &mut Cluster) {
+    let started = steps.run("grpc_apiserver_starts_again", || {
+        let egress = cluster.tunnel().konnectivity();
+        cluster.start_apiserver(&egress)?;
+        Ok("with proxyProtocol: GRPC")
+    });
+    if !started {
+        return;
+    }
+    steps.run("grpc_long_logs_arrive_whole", || logs::long_logs(cluster));
+    steps.run("grpc_exec_hands_on_stdin_and_its_end", || {
+        exec::stdin(cluster)
+    });
+    steps.run("grpc_exec_tells_exit_codes", || exec::exit_codes(cluster));
+    steps.run("grpc_attach_hears_and_speaks", || exec::attach(cluster));
+    steps.run("grpc_port_forward_carries_10_connections", || {
+        forward::connections(cluster, 10)
+    });
+    steps.run("grpc_cp_copies_both_ways", || forward::copy(cluster));
+    steps.run("grpc_twenty_scrapes_at_once_arrive", || {
+        metrics::twenty_at_once(cluster)
+    });
+    steps.run("grpc_an_unknown_node_is_named_in_the_error", || {
+        faults::unknown_node(cluster)
+    });
+    steps.run("grpc_a_stopped_reader_delays_nobody", || {
+        faults::stopped_reader_of_konnectivity(cluster)
     });
 }

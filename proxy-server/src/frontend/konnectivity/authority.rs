@@ -1,5 +1,5 @@
 //! What stands between kube-apiserver and an HTTP/2 server that follows RFC 3986: it gives every request of a
-//! connection an `:authority` that one can read (docs/adr/0005-*.md).
+//! connection an `:authority` that one can read (docs/adr/0005).
 //!
 //! | what comes | what becomes of it |
 //! | --- | --- |
