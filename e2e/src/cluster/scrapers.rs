@@ -28,7 +28,8 @@ const METRICS_SERVER: u16 = 4443;
 #[derive(Debug)]
 pub struct Prometheus<'a> {
     cluster: &'a Cluster,
-    _programs: Vec<Process>,
+    /// Prometheus is the last.
+    programs: Vec<Process>,
 }
 
 impl Cluster {
@@ -77,7 +78,7 @@ impl Cluster {
         programs.push(prometheus.start(&self.logs())?);
         Ok(Prometheus {
             cluster: self,
-            _programs: programs,
+            programs,
         })
     }
 
@@ -157,6 +158,12 @@ impl Cluster {
 }
 
 impl Prometheus<'_> {
+    /// What Prometheus itself says.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.programs.last().map(Process::log).unwrap_or_default()
+    }
+
     /// What a query gives now.
     ///
     /// # Errors

@@ -35,7 +35,8 @@ pub(super) fn prometheus(cluster: &Cluster) -> Result<String> {
             }
         }
         Ok(())
-    })?;
+    })
+    .with_context(|| prometheus.log())?;
     for (job, series) in JOBS {
         let samples = prometheus.query(series)?;
         for node in NODES {

@@ -253,13 +253,15 @@ fn hints(dir: &Path, proxy: std::net::SocketAddr, edge: &edge::Edge) {
     let d = dir.display();
     println!("\nTry it:");
     println!(
-        "  curl --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {} http://edge1:{}/metrics",
+        "  curl --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {}:{} http://edge1:{}/metrics",
         requests::USER,
+        requests::PASSWORD,
         edge.exporter
     );
     println!(
-        "  curl --insecure --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {} https://edge1:{}/containerLogs/default/hello/app",
+        "  curl --insecure --proxy https://{proxy} --proxy-cacert {d}/server/ca/ca.crt --proxy-user {}:{} https://edge1:{}/containerLogs/default/hello/app",
         requests::USER,
+        requests::PASSWORD,
         edge.kubelet
     );
     println!(
