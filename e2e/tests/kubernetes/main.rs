@@ -153,11 +153,9 @@ fn over_konnectivity(steps: &mut Steps, cluster: &mut Cluster) {
         exec::stdin(cluster)
     });
     steps.run("grpc_exec_tells_exit_codes", || exec::exit_codes(cluster));
-    steps.run("grpc_attach_hears_and_speaks", || exec::attach(cluster));
     steps.run("grpc_port_forward_carries_10_connections", || {
         forward::connections(cluster, 10)
     });
-    steps.run("grpc_cp_copies_both_ways", || forward::copy(cluster));
     steps.run("grpc_twenty_scrapes_at_once_arrive", || {
         metrics::twenty_at_once(cluster)
     });

@@ -7,7 +7,7 @@ use e2e::cluster::{Cluster, NODES, pods, until};
 use serde_json::Value;
 
 /// Both start within seconds; metrics-server needs two rounds of 10 s for a rate.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The jobs of `deploy/prometheus`, and a series that each target of theirs has.
 const JOBS: [(&str, &str); 3] = [

@@ -10,7 +10,8 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::{HeaderMap, header};
+use http::HeaderMap;
+use http::header::HeaderName;
 
 /// Largest file of tokens or passwords: thousands of entries.
 const MAX_FILE: u64 = 1 << 20;
@@ -157,11 +158,11 @@ impl Credentials {
         })
     }
 
-    /// Whose token or password the request shows: `Proxy-Authorization: Bearer` or `Basic` (Go clients can send no other
-    /// header on CONNECT).
+    /// Whose token or password that field shows, as `Bearer` or `Basic`: `Proxy-Authorization` where something is asked
+    /// through us (Go clients can send no other on CONNECT), whose `Authorization` is for the destination.
     #[must_use]
-    pub fn user(&self, headers: &HeaderMap) -> Option<String> {
-        let value = headers.get(header::PROXY_AUTHORIZATION)?.to_str().ok()?;
+    pub fn user(&self, headers: &HeaderMap, field: &HeaderName) -> Option<String> {
+        let value = headers.get(field)?.to_str().ok()?;
         let (scheme, rest) = value.split_once(' ')?;
         let rest = rest.trim();
         if scheme.eq_ignore_ascii_case("bearer") {
@@ -191,6 +192,8 @@ fn holder(entries: &[Entry], secret: &[u8], fits: impl Fn(&str) -> bool) -> Opti
 mod tests {
     use std::io::Write;
 
+    use http::header;
+
     use super::*;
 
     fn file(text: &str) -> tempfile::NamedTempFile {
@@ -202,7 +205,7 @@ mod tests {
     fn asks(credentials: &Credentials, value: &str) -> Option<String> {
         let mut headers = HeaderMap::new();
         headers.insert(header::PROXY_AUTHORIZATION, value.parse().unwrap());
-        credentials.user(&headers)
+        credentials.user(&headers, &header::PROXY_AUTHORIZATION)
     }
 
     fn basic(pair: &str) -> String {

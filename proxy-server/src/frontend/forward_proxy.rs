@@ -126,7 +126,15 @@ impl ForwardProxy {
         connected: Requester,
     ) -> Response<Body> {
         let requester = if connected.who == Who::Unproved {
-            let user = self.credentials.load().user(request.headers());
+            let headers = request.headers();
+            // Asked of us and not through us, as Prometheus asks for its targets.
+            let of_us = request.uri().authority().is_none();
+            let field = if of_us && headers.contains_key(header::AUTHORIZATION) {
+                header::AUTHORIZATION
+            } else {
+                header::PROXY_AUTHORIZATION
+            };
+            let user = self.credentials.load().user(headers, &field);
             match user {
                 Some(user) => connected.proved(Who::User(user)),
                 None => connected,

@@ -171,6 +171,11 @@ async fn discovery_without_a_cluster_lists_agents_and_configured_nodes() {
         {"targets": ["press:9100"], "labels": labels("press")},
     ]);
     assert_eq!(groups, wanted);
+    let as_prometheus = BASIC.replace("Proxy-Authorization", "Authorization");
+    let (line, again) = get("/sd/node-exporter", &as_prometheus).await;
+    assert!(line.starts_with("HTTP/1.1 200") && again == body, "{line}");
+    let (line, _) = get("http://edge1:9100/metrics", &as_prometheus).await;
+    assert!(line.contains("407"), "that one is the exporter's: {line}");
     let (line, _) = get("/sd/node-exporter", "X: y").await;
     assert!(line.contains("407"), "{line}");
     let (line, body) = get("/sd/other", BASIC).await;
