@@ -23,7 +23,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
-use crate::cluster::{Cluster, Source as ClusterSource, Watch};
+use crate::cluster::{Cluster, Publisher, Source as ClusterSource, Watch};
 use crate::config::Config;
 use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
@@ -77,6 +77,7 @@ pub struct Bound {
     http: (HttpEndpoint, Vec<HttpEndpoint>),
     enrolment: Arc<Enrolment>,
     watch: Option<Watch>,
+    publisher: Option<Publisher>,
     reloader: Reloader,
     streams: Tasks,
     stop_enrolment: CancellationToken,
@@ -108,7 +109,7 @@ impl App {
         authority.export(&metrics);
         let (_, enrolled) = authority.refresh().context("read the token store")?;
         let cluster = match &config.kubernetes {
-            Some(_) => Cluster::configured(&daemon_metrics),
+            Some(settings) => Cluster::configured(settings, &daemon_metrics),
             None => Cluster::default(),
         };
         let budget = Budget::new(config.backend.memory.0);
@@ -195,18 +196,17 @@ impl App {
             .chain(frontends.iter().filter_map(Listen::tcp))
             .chain(http.0.bound().tcp())
             .collect();
-        let watch = match &config.kubernetes {
-            Some(settings) => {
-                let source = ClusterSource::new(settings);
-                source.check(&own).context("kubernetes")?;
-                Some(Watch {
-                    cluster: Arc::clone(&forwarder.routing.cluster),
-                    source,
-                    settings: settings.clone(),
-                })
-            }
-            None => None,
-        };
+        let (mut watch, mut publisher) = (None, None);
+        if let Some(settings) = &config.kubernetes {
+            let source = ClusterSource::new(settings);
+            source.check(&own).context("kubernetes")?;
+            publisher = Publisher::new(&config.name, &forwarder, &source, settings);
+            watch = Some(Watch {
+                cluster: Arc::clone(&forwarder.routing.cluster),
+                source,
+                settings: settings.clone(),
+            });
+        }
         forwarder.own.store(Arc::new(own));
         let stop_enrolment = CancellationToken::new();
         let enrolment = Enrolment::new(&authority, &config, stop_enrolment.clone())
@@ -240,6 +240,7 @@ impl App {
             http,
             enrolment: Arc::new(enrolment),
             watch,
+            publisher,
             streams,
             stop_enrolment,
         })
@@ -296,13 +297,15 @@ impl Bound {
         let readiness = Readiness::new();
         let starting = readiness.register("proxy-server");
         let (service, ops, streams) = (Tasks::new(), Tasks::new(), self.streams.clone());
+        // Stops first: from then on another server may write to the cluster.
+        let writes = Tasks::new();
         let drain = self.config.drain;
 
         http::serve(
             &self.config,
             self.http,
             &readiness,
-            &[&service, &backend.tasks],
+            &[&service, &backend.tasks, &writes],
             &ops,
             (self.metrics, self.reloader.log.clone()),
             &forwarder,
@@ -315,6 +318,9 @@ impl Bound {
         );
         if let Some(watch) = self.watch {
             for_ever(&service, "cluster", watch.run());
+        }
+        if let Some(publisher) = self.publisher {
+            writes.critical("dns", publisher.run(writes.stopping()));
         }
         for_ever(&service, "gauges", gauges(Arc::clone(&forwarder)));
         for_ever(&service, "reload", self.reloader.run(self.reload));
@@ -342,19 +348,21 @@ impl Bound {
         }
         drop(starting);
         daemon::sd::ready();
-        let watched = service.clone();
-        let _watchdog = daemon::sd::Watchdog::start(move || watched.failure().is_none());
+        let watched = [service.clone(), writes.clone()];
+        let healthy = move || watched.iter().all(|tasks| tasks.failure().is_none());
+        let _watchdog = daemon::sd::Watchdog::start(healthy);
         tracing::info!("ready");
 
         let exit = tokio::select! {
             () = shutdown.cancelled() => Exit::Drained,
-            name = service.failed() => {
+            name = async { tokio::select! { name = service.failed() => name, name = writes.failed() => name } } => {
                 tracing::error!(task = name, "a task that must not end has ended");
                 Exit::Failed
             }
         };
         daemon::sd::stopping();
         readiness.begin_drain();
+        writes.stop();
         tracing::info!(
             sessions = forwarder.registry.len(),
             streams = streams.len(),
@@ -388,6 +396,7 @@ impl Bound {
         }
         backend.tasks.drain(FLUSH).await;
         service.drain(Duration::ZERO).await;
+        writes.drain(FLUSH).await;
         ops.drain(FLUSH).await;
         tracing::info!("stopped");
         exit

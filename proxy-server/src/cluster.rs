@@ -20,9 +20,13 @@
 //!
 //! Nothing waits for the first sync: kube-apiserver may need this server to get up itself (docs/adr/0006). Connections
 //! to kube-apiserver are dialled straight to the address that it has been given, past every proxy setting, so they never
-//! come back to our own frontends. Nothing is written to the cluster, and nothing about nodes to the disk.
+//! come back to our own frontends. Nothing about nodes is written to the disk, and to the cluster one ConfigMap ([`dns`]) by one
+//! server at a time ([`lease`]), where `kubernetes.dns` says so.
 
+mod ask;
 mod client;
+pub mod dns;
+pub mod lease;
 pub mod nodes;
 mod table;
 mod watch;
@@ -32,19 +36,23 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 pub(crate) use client::Source;
+use dns::Published;
+pub(crate) use dns::Publisher;
 use nodes::Nodes;
 use parking_lot::Mutex;
 pub use table::ClusterTable;
 use tokio::time::Instant;
 pub(crate) use watch::Watch;
 
-use crate::metrics::{ClusterMetrics, NodeLabels};
+use crate::config::Kubernetes;
+use crate::metrics::{ClusterMetrics, DnsMetrics, NodeLabels};
 
 /// What is known of the cluster. The default is that of a server without the `kubernetes:` section.
 #[derive(Debug, Default)]
 pub struct Cluster {
     table: ArcSwap<ClusterTable>,
     freshness: Mutex<Freshness>,
+    published: Option<Arc<Published>>,
     metrics: ClusterMetrics,
 }
 
@@ -72,10 +80,15 @@ impl Freshness {
 impl Cluster {
     /// Of a server that asks Kubernetes: with gauges, and not synced yet.
     #[must_use]
-    pub fn configured(metrics: &daemon::Metrics) -> Self {
-        let cluster = Self::default();
+    pub fn configured(settings: &Kubernetes, metrics: &daemon::Metrics) -> Self {
+        let mut cluster = Self::default();
         cluster.freshness.lock().configured = true;
         metrics.register(|registry| cluster.metrics.register(registry));
+        if let Some(dns) = &settings.dns {
+            let of_dns = DnsMetrics::default();
+            metrics.register(|registry| of_dns.register(registry));
+            cluster.published = Some(Arc::new(Published::new(dns.config_map.clone(), of_dns)));
+        }
         cluster.export();
         cluster
     }
@@ -90,6 +103,11 @@ impl Cluster {
         self.freshness.lock().clone()
     }
 
+    /// What is written to the cluster; `None` where nothing is.
+    pub const fn published(&self) -> Option<&Arc<Published>> {
+        self.published.as_ref()
+    }
+
     /// Whether nodes are still to be read for the first time.
     pub fn is_waiting(&self) -> bool {
         let freshness = self.freshness.lock();
@@ -102,6 +120,9 @@ impl Cluster {
         let seconds = |age: Duration| i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         self.metrics.age.set(freshness.age().map_or(-1, seconds));
         self.metrics.synced.set(freshness.synced.into());
+        if let Some(published) = &self.published {
+            published.export();
+        }
     }
 
     fn publish(&self, nodes: Nodes) {

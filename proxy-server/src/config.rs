@@ -4,6 +4,7 @@
 
 mod allow;
 mod check;
+mod dns;
 mod frontend;
 mod kubernetes;
 
@@ -14,9 +15,11 @@ use std::time::Duration;
 pub use allow::{Pattern, Ports, Rule};
 use certs::{Name, TrustDomain};
 use daemon::{ByteSize, ConfigError, Listen, LogFormat};
+pub(crate) use dns::is_subdomain;
+pub use dns::{Dns, LeaseTimes, ObjectName};
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
-pub use kubernetes::{Kubernetes, Pool, Selector};
+pub use kubernetes::{Kubernetes, NAMESPACE, Pool, Selector};
 use proto::AgentName;
 use serde::Deserialize;
 

@@ -115,6 +115,46 @@ impl ClusterMetrics {
     }
 }
 
+/// Labels of a write to the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WriteLabels {
+    /// `ok`, `conflict`, `missing`, `refused`, `unavailable`, `no_service`, `headless_service` or `too_large`.
+    pub result: &'static str,
+}
+
+/// What is written to the cluster; registered only where something is.
+#[derive(Debug, Clone, Default)]
+pub struct DnsMetrics {
+    /// 1 on the server that leads.
+    pub leader: Gauge,
+    /// Writes, and what failed before it came to one.
+    pub writes: Family<WriteLabels, Counter>,
+    /// Seconds since the map was last seen to be as it should, -1 where that is not known.
+    pub age: Gauge,
+}
+
+impl DnsMetrics {
+    /// Registers them.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "leader",
+            "Whether this server leads, and so writes to the cluster",
+            self.leader.clone(),
+        );
+        registry.register(
+            "dns_writes",
+            "Writes of the DNS map, by result; failures before it came to one among them",
+            self.writes.clone(),
+        );
+        registry.register_with_unit(
+            "dns_age",
+            "Since the leader last saw the DNS map as it should be, -1 if it has not and on servers that do not lead",
+            Unit::Seconds,
+            self.age.clone(),
+        );
+    }
+}
+
 /// The metrics. Clones are handles to the same ones.
 #[derive(Debug, Clone)]
 pub struct Metrics {

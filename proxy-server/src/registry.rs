@@ -143,6 +143,11 @@ impl<S: Session> Registry<S> {
         self.0.lock().contains_key(agent)
     }
 
+    /// How many agents have or had a session.
+    pub fn agents(&self) -> usize {
+        self.0.lock().len()
+    }
+
     /// Agents that have or had a session, and whether they have one.
     pub fn names(&self) -> BTreeMap<AgentName, bool> {
         let agents = self.0.lock();

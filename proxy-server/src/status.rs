@@ -6,7 +6,7 @@ mod nodes;
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 
-pub use nodes::{ClusterStatus, NodeStatus, cluster, nodes, table as node_table};
+pub use nodes::{ClusterStatus, DnsStatus, NodeStatus, cluster, nodes, table as node_table};
 use proto::transport::Session;
 use serde::{Deserialize, Serialize};
 

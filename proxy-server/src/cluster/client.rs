@@ -13,7 +13,7 @@ use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Client, ClientBuilder, ConfigExt as _};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{Context, KubeConfigOptions, Kubeconfig};
 use tower::ServiceBuilder;
 use tower::timeout::TimeoutLayer;
 
@@ -61,13 +61,7 @@ impl Source {
         let url = match self {
             Self::Kubeconfig(file) => {
                 let read = Kubeconfig::read_from(file).map_err(ClientError::Kubeconfig)?;
-                let current = read.current_context.clone();
-                let context = read
-                    .contexts
-                    .iter()
-                    .find(|c| Some(&c.name) == current.as_ref());
-                let context = context.and_then(|c| c.context.as_ref());
-                let cluster = context
+                let cluster = context(&read)
                     .and_then(|c| read.clusters.iter().find(|named| named.name == c.cluster));
                 cluster.and_then(|c| c.cluster.as_ref()?.server.clone())
             }
@@ -89,8 +83,31 @@ impl Source {
         Ok(())
     }
 
+    /// The namespace that is said beside the credential.
+    pub(super) fn namespace(&self) -> Option<String> {
+        match self {
+            Self::Kubeconfig(file) => context(&Kubeconfig::read_from(file).ok()?)?
+                .namespace
+                .clone(),
+            Self::InCluster => Some(kube::Config::incluster().ok()?.default_namespace),
+        }
+    }
+
     /// A client; each good answer is noted in `cluster`.
     pub(super) async fn connect(&self, cluster: &Arc<Cluster>) -> Result<Client, ClientError> {
+        let cluster = Arc::clone(cluster);
+        self.build(move || cluster.answered()).await
+    }
+
+    /// A client whose answers say nothing of how current the nodes are.
+    pub(super) async fn connect_apart(&self) -> Result<Client, ClientError> {
+        self.build(|| {}).await
+    }
+
+    async fn build(
+        &self,
+        answered: impl Fn() + Clone + Send + 'static,
+    ) -> Result<Client, ClientError> {
         let config = match self {
             Self::Kubeconfig(file) => {
                 let read = Kubeconfig::read_from(file).map_err(ClientError::Kubeconfig)?;
@@ -108,10 +125,9 @@ impl Source {
         let connector = config
             .rustls_https_connector_with_connector(tcp)
             .map_err(ClientError::Build)?;
-        let cluster = Arc::clone(cluster);
         let note = move |response: Response<hyper::body::Incoming>| {
             if response.status().is_success() {
-                cluster.answered();
+                answered();
             }
             response
         };
@@ -124,4 +140,11 @@ impl Source {
             .service(HttpClient::builder(TokioExecutor::new()).build(connector));
         Ok(ClientBuilder::new(service, config.default_namespace).build())
     }
+}
+
+/// The context that a kubeconfig says is current.
+fn context(read: &Kubeconfig) -> Option<&Context> {
+    let current = read.current_context.as_ref()?;
+    let context = read.contexts.iter().find(|c| c.name == *current)?;
+    context.context.as_ref()
 }

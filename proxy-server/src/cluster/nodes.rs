@@ -120,6 +120,8 @@ pub struct Node {
     pub uid: String,
     /// Internal addresses first, in the kubelet's order.
     pub addresses: Vec<IpAddr>,
+    /// How many of them are internal.
+    pub internal: usize,
     /// What else it is called.
     pub aliases: Vec<String>,
     /// Addresses of its pods.
@@ -171,9 +173,11 @@ impl Node {
         pod_cidrs.dedup();
         let ready = |c: &Condition| c.kind == "Ready" && c.status == "True";
         let port = status.daemon_endpoints.kubelet_endpoint.port;
+        let (addresses, internal) = addresses(&status.addresses);
         Some(Self {
             uid: metadata.uid.unwrap_or_default(),
-            addresses: addresses(&status.addresses),
+            addresses,
+            internal,
             aliases: aliases(&name, &status.addresses),
             pod_cidrs,
             region: labels.get(&settings.region_label).cloned(),
@@ -203,9 +207,10 @@ impl Node {
     }
 }
 
-fn addresses(all: &[Address]) -> Vec<IpAddr> {
+/// The addresses, and how many of them are internal.
+fn addresses(all: &[Address]) -> (Vec<IpAddr>, usize) {
     let of = |kind: &'static str| all.iter().filter(move |address| address.kind == kind);
-    let mut addresses = Vec::new();
+    let (mut addresses, mut internal) = (Vec::new(), 0);
     for address in of("InternalIP").chain(of("ExternalIP")) {
         let Ok(ip) = address.address.parse::<IpAddr>() else {
             continue;
@@ -213,9 +218,10 @@ fn addresses(all: &[Address]) -> Vec<IpAddr> {
         let ip = ip.to_canonical();
         if !is_loopback(ip) && !is_never_dialled(ip) && !addresses.contains(&ip) {
             addresses.push(ip);
+            internal += usize::from(address.kind == "InternalIP");
         }
     }
-    addresses
+    (addresses, internal)
 }
 
 fn aliases(name: &str, all: &[Address]) -> Vec<String> {
@@ -305,6 +311,7 @@ pub(crate) mod tests {
             addresses: ["192.168.1.10", "fd00::1", "203.0.113.7"]
                 .map(|a| a.parse().unwrap())
                 .into(),
+            internal: 2,
             aliases: vec!["edge1.site".into()],
             pod_cidrs: vec!["10.42.1.0/24".parse().unwrap()],
             pool: Some("np1".into()),

@@ -55,6 +55,12 @@ impl ClusterTable {
         &self.nodes
     }
 
+    /// Whether one node and no other has that further name.
+    pub(super) fn is_alone(&self, alias: &str) -> bool {
+        let claims = self.aliases.get(alias);
+        claims.is_some_and(|claims| claims.len() == 1)
+    }
+
     /// Routes a destination; `None` if no node has anything to do with it. `known` says whether there is an agent of
     /// that name.
     ///

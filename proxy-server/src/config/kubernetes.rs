@@ -7,6 +7,8 @@ use daemon::Problems;
 use proto::AgentName;
 use serde::Deserialize;
 
+use super::dns::{self, Dns, LeaseTimes};
+
 /// What is known of nodes comes from a cluster. Without this section nothing of Kubernetes is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -23,7 +25,16 @@ pub struct Kubernetes {
     pub region_label: String,
     /// What goes for all nodes of a pool.
     pub pools: BTreeMap<String, Pool>,
+    /// Where our own objects are; else the namespace of the kubeconfig's context or the pod, else [`NAMESPACE`].
+    pub namespace: Option<String>,
+    /// The election of the one server that writes.
+    pub lease: LeaseTimes,
+    /// What is written; nothing, if left out.
+    pub dns: Option<Dns>,
 }
+
+/// Where our own objects are, where nobody says anything else.
+pub const NAMESPACE: &str = "corvid";
 
 impl Default for Kubernetes {
     fn default() -> Self {
@@ -41,6 +52,9 @@ impl Default for Kubernetes {
             ],
             region_label: "topology.kubernetes.io/region".to_owned(),
             pools: BTreeMap::new(),
+            namespace: None,
+            lease: LeaseTimes::default(),
+            dns: None,
         }
     }
 }
@@ -147,6 +161,17 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
             format!("kubernetes.pools.{name}.agent"),
             format!("{:?} is no agent name", pool.agent),
         );
+    }
+    if let Some(namespace) = &kubernetes.namespace {
+        problems.check(
+            dns::is_label(namespace),
+            "kubernetes.namespace",
+            format!("{namespace:?} is no name of a namespace"),
+        );
+    }
+    dns::check_times(&kubernetes.lease, problems);
+    if let Some(dns) = &kubernetes.dns {
+        dns::check(dns, problems);
     }
 }
 

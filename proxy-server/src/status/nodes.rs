@@ -7,6 +7,7 @@ use proto::AgentName;
 use serde::{Deserialize, Serialize};
 
 use super::{rows, yes};
+use crate::cluster::dns::Published;
 use crate::serve::Forwarder;
 
 /// One node.
@@ -55,6 +56,25 @@ pub struct ClusterStatus {
     pub edge: usize,
     /// Those of them that are ready.
     pub ready: usize,
+    /// The map of node names, where one is written.
+    pub dns: Option<DnsStatus>,
+}
+
+/// The map of node names for CoreDNS.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsStatus {
+    /// `NAMESPACE/NAME` of the ConfigMap.
+    pub map: String,
+    /// This server writes it.
+    pub leads: bool,
+    /// Who does, by the Lease: `SERVER_RANDOM`.
+    pub leader: Option<String>,
+    /// Names in it, as far as this server wrote or saw it.
+    pub names: Option<usize>,
+    /// Seconds since this server last saw it to be as it should.
+    pub age_s: Option<u64>,
+    /// Why it is not as it should be, or why it is not known who writes it.
+    pub failure: Option<String>,
 }
 
 /// Every node that is known, by name: those of the configuration, of the cluster, and agents that are neither.
@@ -139,11 +159,44 @@ pub fn cluster(forwarder: &Forwarder) -> ClusterStatus {
         nodes: of_cluster.clone().count(),
         edge: of_cluster.clone().filter(|node| node.edge).count(),
         ready: of_cluster.filter(|node| node.ready == Some(true)).count(),
+        dns: cluster.published().map(|published| dns(published)),
+    }
+}
+
+fn dns(published: &Published) -> DnsStatus {
+    let (standing, state) = (published.leadership.standing(), published.state());
+    DnsStatus {
+        map: published.map.to_string(),
+        leads: published.leadership.until().is_some(),
+        leader: standing.holder,
+        names: state.good.map(|_at| state.names),
+        age_s: state.good.map(|at| at.elapsed().as_secs()),
+        failure: state.failure.or(standing.failure),
+    }
+}
+
+impl DnsStatus {
+    fn lines(&self) -> String {
+        let Self { map, leads, .. } = self;
+        let mut out = match (leads, &self.leader, self.names.zip(self.age_s)) {
+            (true, _, Some((names, age))) => {
+                format!(
+                    "dns: this server writes {map}; {names} names, as it should be {age} s ago\n"
+                )
+            }
+            (true, _, None) => format!("dns: this server writes {map}; not done yet\n"),
+            (false, Some(leader), _) => format!("dns: {leader} writes {map}\n"),
+            (false, None, _) => format!("dns: nobody writes {map} yet\n"),
+        };
+        if let Some(failure) = &self.failure {
+            writeln!(out, "dns: {failure}").ok(); // writing to a string can't fail
+        }
+        out
     }
 }
 
 impl ClusterStatus {
-    /// One or two lines for people; nothing where Kubernetes is not asked.
+    /// Some lines for people; nothing where Kubernetes is not asked.
     #[must_use]
     pub fn lines(&self) -> String {
         if !self.configured {
@@ -163,6 +216,9 @@ impl ClusterStatus {
         };
         if let Some(failure) = &self.failure {
             writeln!(out, "kube-apiserver: {failure}").ok();
+        }
+        if let Some(dns) = &self.dns {
+            out.push_str(&dns.lines());
         }
         out
     }

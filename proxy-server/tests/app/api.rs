@@ -1,4 +1,5 @@
 //! An emulated Kubernetes API that knows nodes: pages, watches with bookmarks, and everything that goes wrong with it.
+//! Other objects ([`objects`]) are read and written one by one.
 //!
 //! It keeps a log of events with resource versions as etcd does, and refuses versions that are compacted away.
 
@@ -23,6 +24,8 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+mod objects;
+
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 /// What happens to the next requests.
@@ -43,8 +46,10 @@ struct State {
     nodes: BTreeMap<String, Value>,
     log: Vec<(u64, Value)>,
     mood: Mood,
-    /// Requests, as `list`, `list+` (a further page) and `watch`.
+    /// Requests, as `list`, `list+` (a further page), `watch`, and of other objects `get`, `create` and `write`.
     seen: Vec<&'static str>,
+    /// Other objects, by path.
+    objects: BTreeMap<String, Value>,
 }
 
 /// The API. Dropping it cuts all its connections.
@@ -64,6 +69,7 @@ impl Api {
             log: Vec::new(),
             mood: Mood::Well,
             seen: Vec::new(),
+            objects: BTreeMap::new(),
         };
         let mut api = Self {
             state: Arc::new(Mutex::new(state)),
@@ -86,9 +92,15 @@ impl Api {
             while let Ok((stream, _)) = listener.accept().await {
                 let (state, changed) = (Arc::clone(&state), changed.clone());
                 connections.spawn(async move {
-                    let serve = service_fn(|request| {
-                        let answer = answer(&state, &changed, &request);
-                        async move { Ok::<_, Infallible>(answer) }
+                    let serve = service_fn(|request: Request<Incoming>| {
+                        let (state, changed) = (Arc::clone(&state), changed.clone());
+                        async move {
+                            Ok::<_, Infallible>(if request.uri().path() == "/api/v1/nodes" {
+                                answer(&state, &changed, &request)
+                            } else {
+                                objects::answer(&state, request).await
+                            })
+                        }
                     });
                     let connection =
                         http1::Builder::new().serve_connection(TokioIo::new(stream), serve);
@@ -254,7 +266,12 @@ fn answer(
 }
 
 fn status(code: u16) -> Response<Body> {
-    let reason = if code == 410 { "Expired" } else { "Other" };
+    let reason = match code {
+        404 => "NotFound",
+        409 => "Conflict",
+        410 => "Expired",
+        _ => "Other",
+    };
     let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": format!("said with {code}"), "reason": reason, "code": code});
     whole(StatusCode::from_u16(code).unwrap(), &status)
 }

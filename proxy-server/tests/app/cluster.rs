@@ -11,7 +11,7 @@ use crate::scrape::{BASIC, ask};
 use crate::stack::{DEADLINE, Stack, allow, shouter, within};
 
 /// A node at the edge, as a kubelet writes it.
-fn edge(name: &str, addresses: &[&str]) -> Value {
+pub(crate) fn edge(name: &str, addresses: &[&str]) -> Value {
     node(
         name,
         &json!({"openyurt.io/is-edge-worker": "true", "apps.openyurt.io/nodepool": "hz"}),
@@ -20,7 +20,7 @@ fn edge(name: &str, addresses: &[&str]) -> Value {
     )
 }
 
-fn node(name: &str, labels: &Value, annotations: &Value, addresses: &[&str]) -> Value {
+pub(crate) fn node(name: &str, labels: &Value, annotations: &Value, addresses: &[&str]) -> Value {
     let addresses: Vec<_> = addresses
         .iter()
         .map(|address| {
@@ -49,7 +49,7 @@ fn node(name: &str, labels: &Value, annotations: &Value, addresses: &[&str]) -> 
 }
 
 /// A server that asks that API.
-fn start(api: &Api, more: &str) -> Stack {
+pub(crate) fn start(api: &Api, more: &str) -> Stack {
     let dir = tempfile::tempdir().unwrap();
     let kubeconfig = api.kubeconfig(dir.path());
     std::fs::write(dir.path().join("tokens"), "token-of-prometheus\n").unwrap();
@@ -93,7 +93,7 @@ async fn is_told(stack: &Stack, to: &str, wanted: &str) {
     );
 }
 
-async fn until_metric(stack: &Stack, name: &str, value: f64) {
+pub(crate) async fn until_metric(stack: &Stack, name: &str, value: f64) {
     let read = async {
         while (stack.metric(name).await - value).abs() > f64::EPSILON {
             tokio::time::sleep(Duration::from_millis(10)).await;

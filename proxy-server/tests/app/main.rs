@@ -16,6 +16,7 @@ mod connect;
 mod drain;
 mod intercept;
 mod konnectivity;
+mod names;
 mod scrape;
 mod stack;
 mod tls;
