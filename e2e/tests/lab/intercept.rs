@@ -96,7 +96,7 @@ fn is_told(client: &Host, to: &str, wanted: &str) -> Result<()> {
 #[test]
 fn a_redirect_on_the_control_planes_host_leads_to_the_node_that_was_dialled() {
     lab::scenario(|lab| {
-        let door = json!({"type": "intercept", "listen": "[::]:10250", "from": ["203.0.113.10", "fd01::10"]});
+        let door = json!({"type": "intercept", "listen": "[::]:10250", "allow": [{"from": ["203.0.113.10", "fd01::10"], "nodes": ["*"], "ports": [10250]}]});
         let site = site(lab, &door)?;
         let cloud = lab.host("cloud")?;
         cloud.nft(
@@ -144,7 +144,7 @@ fn tproxy_hands_over_connections_of_other_hosts_as_they_were_dialled() {
     lab::scenario(|lab| {
         let door = json!({
             "type": "intercept", "listen": "[::]:10251", "port": 10250, "transparent": true,
-            "from": ["203.0.113.1", "fd01::1"],
+            "allow": [{"from": ["203.0.113.1", "fd01::1"], "nodes": ["*"], "ports": [10250]}],
         });
         let _site = site(lab, &door)?;
         let (cloud, inet) = (lab.host("cloud")?, lab.host("inet")?);

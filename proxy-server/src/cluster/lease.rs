@@ -15,7 +15,7 @@
 //! | the Lease is deleted | its holder makes a new one; others wait as if it were there, but a server that starts just then may lead at once, beside the old leader for a `retryPeriod` |
 //! | this server is killed | the next one leads after `duration` |
 //!
-//! What is decided is in [`election`], which has no IO. Nobody may write without asking [`Leadership::until`] first.
+//! What is decided is in `lease/election.rs`, which has no IO. Nobody may write without asking [`Leadership::until`] first.
 
 mod election;
 #[cfg(test)]

@@ -10,8 +10,9 @@ use serde::Deserialize;
 use super::{Cidr, Config, Elsewhere, Frontend};
 use crate::frontend::policy::Policy;
 
-/// One rule. Who asks fits `clients`, `users` or `uids`, and comes from `from`, if that is given; what is asked for fits
-/// `nodes` or is `elsewhere`, and its port is one of `ports`.
+/// One rule. Who asks fits `clients`, `users` or `uids`, and comes from `from`, if that is given; at a frontend whose
+/// requesters prove nothing ([`Frontend::Intercept`]) `from` alone says who. What is asked for fits `nodes` or is
+/// `elsewhere`, and its port is one of `ports`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Rule {
@@ -32,12 +33,31 @@ pub struct Rule {
 }
 
 impl Rule {
-    pub(super) fn check(&self, key: &impl fmt::Display, problems: &mut Problems) {
-        problems.check(
-            !(self.clients.is_empty() && self.users.is_empty() && self.uids.is_empty()),
-            key,
-            "says nothing of who: name clients, users or uids",
-        );
+    /// Whether it names somebody by what they prove.
+    pub(crate) const fn has_names(&self) -> bool {
+        !(self.clients.is_empty() && self.users.is_empty() && self.uids.is_empty())
+    }
+
+    pub(super) fn check(&self, proof: Proof, key: &impl fmt::Display, problems: &mut Problems) {
+        match proof {
+            Proof::Credential => problems.check(
+                self.has_names(),
+                key,
+                "says nothing of who: name clients, users or uids",
+            ),
+            Proof::Network => {
+                problems.check(
+                    !self.from.is_empty(),
+                    format!("{key}.from"),
+                    "say which source networks may, such as that of the control plane",
+                );
+                problems.check(
+                    !self.has_names(),
+                    key,
+                    "connections that are intercepted carry no credentials: `from` alone says who, not clients, users or uids",
+                );
+            }
+        }
         problems.check(
             !self.nodes.is_empty() || self.elsewhere,
             format!("{key}.nodes"),
@@ -74,6 +94,15 @@ impl Rule {
     }
 }
 
+/// By what a frontend's requesters are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// A certificate, a token, a password, or what the kernel says.
+    Credential,
+    /// Nothing but the network that they come from.
+    Network,
+}
+
 /// What a frontend's rules can match.
 #[derive(Debug, Clone, Copy)]
 struct Reach {
@@ -83,6 +112,8 @@ struct Reach {
     users: bool,
     /// Requesters are users of this machine and have no address; else they have one and no uid.
     unix: bool,
+    /// Requesters prove nothing.
+    anybody: bool,
     /// What is not at the edge is dialled.
     elsewhere: bool,
 }
@@ -93,10 +124,11 @@ impl Rule {
         let clients = reach.clients && !self.clients.is_empty();
         let users = reach.users && !self.users.is_empty();
         let uids = reach.unix && !self.uids.is_empty();
+        let anybody = reach.anybody && !self.from.is_empty();
         if reach.unix && !self.from.is_empty() {
             return Some("requests over a Unix socket come from no network");
         }
-        if !(clients || users || uids) {
+        if !(clients || users || uids || anybody) {
             return Some(if reach.unix {
                 "whoever asks over a Unix socket is known by uid only"
             } else if self.uids.is_empty() && !reach.users {
@@ -121,6 +153,7 @@ impl Frontend {
                     clients: !unix,
                     users: false,
                     unix,
+                    anybody: false,
                     elsewhere: matches!(default, Elsewhere::Direct),
                 }
             }
@@ -128,13 +161,14 @@ impl Frontend {
                 clients: false,
                 users: false,
                 unix: true,
+                anybody: false,
                 elsewhere: matches!(default, Elsewhere::Direct),
             },
-            // It has no rules.
             Self::Intercept(_) => Reach {
                 clients: false,
                 users: false,
                 unix: false,
+                anybody: true,
                 elsewhere: false,
             },
             Self::ForwardProxy {
@@ -145,6 +179,7 @@ impl Frontend {
                 clients: true,
                 users: bearer_token_file.is_some() || basic_auth_file.is_some(),
                 unix: false,
+                anybody: false,
                 elsewhere: false,
             },
         }
@@ -257,17 +292,24 @@ mod tests {
     fn without_rules_tcp_permits_nothing_and_a_unix_socket_leaves_it_to_its_mode() {
         let config = parse(
             "- {type: httpConnect, listen: 'unix:/a'}\n- {type: httpConnect, listen: 'unix:/b', allow: []}\n\
-             - {type: httpConnect, listen: '0.0.0.0:1'}\n- {type: forwardProxy, listen: '0.0.0.0:2'}\n",
+             - {type: httpConnect, listen: '0.0.0.0:1'}\n- {type: forwardProxy, listen: '0.0.0.0:2'}\n\
+             - {type: intercept, listen: '0.0.0.0:3'}\n",
         )
         .unwrap();
         let nothing = Policy::Listed(Vec::new());
         let policies: Vec<Policy> = config.frontends.iter().map(Frontend::policy).collect();
         assert_eq!(
             policies,
-            [Policy::Open, nothing.clone(), nothing.clone(), nothing]
+            [
+                Policy::Open,
+                nothing.clone(),
+                nothing.clone(),
+                nothing.clone(),
+                nothing
+            ]
         );
         let told = config.useless_rules();
-        assert_eq!(told.len(), 3, "{told:?}");
+        assert_eq!(told.len(), 4, "{told:?}");
         assert!(
             told[1].contains("frontends[2].allow") && told[1].contains("permits nothing"),
             "{told:?}"
@@ -309,7 +351,9 @@ mod tests {
              - {type: httpConnect, listen: '0.0.0.0:1', allow: [{uids: [0], nodes: ['*'], ports: [1]}, \
              {users: [a], nodes: ['*'], ports: [1]}, {clients: [a], elsewhere: true, ports: [1]}, {clients: [a], nodes: [b], ports: [1]}]}\n\
              - {type: forwardProxy, listen: '0.0.0.0:2', allow: [{users: [a], nodes: ['*'], ports: [1]}, \
-             {clients: [a], users: [a], nodes: ['*'], ports: [1]}]}\n",
+             {clients: [a], users: [a], nodes: ['*'], ports: [1]}]}\n\
+             - {type: intercept, listen: '0.0.0.0:3', allow: [{from: [10.0.0.1], elsewhere: true, ports: [1]}, \
+             {from: [10.0.0.1], nodes: [a], ports: [1]}]}\n",
         )
         .unwrap();
         let told = config.useless_rules();
@@ -320,6 +364,7 @@ mod tests {
             ("frontends[1].allow[1]", "no users"),
             ("frontends[1].allow[2]", "not at the edge"),
             ("frontends[2].allow[0]", "no users"),
+            ("frontends[3].allow[0]", "not at the edge"),
         ];
         assert_eq!(told.len(), wanted.len(), "{told:#?}");
         for ((place, why), told) in wanted.into_iter().zip(&told) {

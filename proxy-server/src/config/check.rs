@@ -7,6 +7,7 @@ use std::time::Duration;
 use certs::Name;
 use daemon::{ConfigError, Listen, Problems};
 
+use super::allow::Proof;
 use super::{Config, Frontend, Intercept};
 
 /// Below this, agents behind ordinary lines are lost for nothing: three keepalives are missed in 36 s.
@@ -130,7 +131,7 @@ fn frontends(config: &Config, problems: &mut Problems) {
             }
         };
         for (n, rule) in frontend.allow().unwrap_or_default().iter().enumerate() {
-            rule.check(&key(&format!("allow[{n}]")), problems);
+            rule.check(Proof::Credential, &key(&format!("allow[{n}]")), problems);
         }
         problems.check(
             client_ca.is_none() || !allowed_names.is_empty(),
@@ -156,11 +157,9 @@ fn intercept(settings: &Intercept, key: impl Fn(&str) -> String, problems: &mut 
         key("port"),
         "must be within 1 to 65535",
     );
-    problems.check(
-        !settings.from.is_empty(),
-        key("from"),
-        "say which source networks may connect, such as that of the control plane; without one nobody may",
-    );
+    for (n, rule) in settings.allow.iter().flatten().enumerate() {
+        rule.check(Proof::Network, &key(&format!("allow[{n}]")), problems);
+    }
     let nobody = |proxy: &super::ProxyProtocol| proxy.trusted.is_empty();
     problems.check(
         !settings.proxy_protocol.as_ref().is_some_and(nobody),
@@ -217,7 +216,7 @@ mod tests {
             "name: 'No Name'\nbackend: {listen: [], memory: 1KiB}\nroutes: [{node: a}, {node: a, agent: B}]\n\
              timeouts: {dial: 40s, header: 0s}\nadmin: {listen: '0.0.0.0:9442'}\n\
              frontends:\n- {type: httpConnect, listen: 'unix:/x', clientCa: /ca}\n- {type: forwardProxy, listen: 'unix:/x', allowedNames: [a]}\n\
-             - {type: intercept, listen: 'unix:/y', port: 0, proxyProtocol: {trusted: []}}\n\
+             - {type: intercept, listen: 'unix:/y', port: 0, proxyProtocol: {trusted: []}, allow: [{nodes: ['*'], ports: [1]}, {from: [10.0.0.1], clients: [a], nodes: ['*'], ports: [1]}]}\n\
              - {type: konnectivity, listen: 'tcp:127.0.0.1:1'}\n",
         )
         .unwrap_err()
@@ -237,7 +236,8 @@ mod tests {
             "frontends[1].allowedNames",
             "frontends[2].listen",
             "frontends[2].port",
-            "frontends[2].from",
+            "frontends[2].allow[0].from: ",
+            "frontends[2].allow[1]: ",
             "frontends[2].proxyProtocol.trusted",
             "frontends[3].listen",
         ] {

@@ -92,9 +92,9 @@ pub struct Intercept {
     /// Port of the destination, where the request does not say; the one listened on by default.
     #[serde(default)]
     pub port: Option<u16>,
-    /// Networks that may connect. Nobody else may.
+    /// From which networks which nodes may be reached. Without it nobody may connect.
     #[serde(default)]
-    pub from: Vec<Cidr>,
+    pub allow: Option<Vec<Rule>>,
     /// Load balancers that say whom they speak for.
     #[serde(default)]
     pub proxy_protocol: Option<ProxyProtocol>,
@@ -150,18 +150,17 @@ impl Frontend {
             Self::HttpConnect { allow, .. }
             | Self::Konnectivity { allow, .. }
             | Self::ForwardProxy { allow, .. } => allow.as_deref(),
-            Self::Intercept(_) => None,
+            Self::Intercept(intercept) => intercept.allow.as_deref(),
         }
     }
 
     /// Who may ask for what.
     #[must_use]
     pub fn policy(&self) -> Policy {
-        match (self, self.allow(), self.listen()) {
-            // Whoever comes from its `from` may reach what the connection was meant for.
-            (Self::Intercept(_), ..) | (_, None, Listen::Unix(_)) => Policy::Open,
-            (_, Some(rules), _) => Policy::Listed(rules.to_vec()),
-            (_, None, Listen::Tcp(_)) => Policy::Listed(Vec::new()),
+        match (self.allow(), self.listen()) {
+            (None, Listen::Unix(_)) => Policy::Open,
+            (Some(rules), _) => Policy::Listed(rules.to_vec()),
+            (None, Listen::Tcp(_)) => Policy::Listed(Vec::new()),
         }
     }
 

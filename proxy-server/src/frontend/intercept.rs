@@ -7,7 +7,7 @@
 //! | state | what | failure | what the requester sees |
 //! | --- | --- | --- | --- |
 //! | header | from `proxyProtocol.trusted` only: a PROXY header, required | none, or malformed; late | a reset (`bad_request`, `timeout`) |
-//! | admit | the source, the header's if there is one, must be in `from` | it is not | a reset (`not_allowed`); nothing was read |
+//! | admit | the source, the header's if there is one, must be in the `from` of some rule | it is not | a reset (`not_allowed`); nothing was read |
 //! | first flight | at most 16 KiB, until there is a whole ClientHello or HTTP head | too large, malformed | goes by the original destination, else an alert, `400`/`431`, or a reset |
 //! | | | a PROXY header | the same way, whatever the original destination (`not_allowed`) |
 //! | | | begun and not ended in time | an alert, `504` (`timeout`) |
@@ -16,7 +16,7 @@
 //! | | | we are stopping | an alert, `503`, a reset (`draining`) |
 //! | decide | name, else original destination (`intercept/destination.rs`) | neither | alert `unrecognized_name`, `403`, a reset (`unknown_destination`) |
 //! | | | two nodes share the address | the same with `ambiguous_destination` |
-//! | open | [`Forwarder::open`] | no session, refused, denied, … | alert `internal_error` or `access_denied`; the status and the sentence; a reset |
+//! | open | [`Forwarder::open`] | no rule permits it, no session, refused, denied, … | alert `internal_error` or `access_denied`; the status and the sentence; a reset |
 //! | relay | what was read goes first | cut | a reset |
 //!
 //! An original destination comes from a PROXY header, `SO_ORIGINAL_DST`, or, with `transparent`, is the address the
@@ -77,16 +77,20 @@ pub struct Intercept {
 #[derive(Debug)]
 struct Settings {
     port: u16,
+    /// Where somebody may come from that some rule names.
     from: Networks,
+    policy: Arc<Policy>,
     trusted: Networks,
 }
 
 impl Settings {
     fn new(settings: &config::Intercept, bound: u16) -> Self {
         let trusted = settings.proxy_protocol.as_ref();
+        let rules = settings.allow.as_deref().unwrap_or_default();
         Self {
             port: settings.port.unwrap_or(bound),
-            from: Networks::new(&settings.from),
+            from: Networks::new(rules.iter().flat_map(|rule| &rule.from)),
+            policy: Arc::new(Policy::Listed(rules.to_vec())),
             trusted: trusted.map_or_else(Networks::default, |p| Networks::new(&p.trusted)),
         }
     }
@@ -140,7 +144,8 @@ impl Intercept {
     pub async fn serve(self: Arc<Self>, mut stream: Stream, peer: Peer) {
         let mut requester = Requester::new(&peer);
         let mut buffer = BytesMut::new();
-        let read = self.destination(&stream, &peer, &mut requester, &mut buffer);
+        let settings = self.settings.load_full();
+        let read = self.destination(&settings, &stream, &peer, &mut requester, &mut buffer);
         let destination = match read.await {
             Ok(destination) => destination,
             Err(Stop::Gone) => return,
@@ -157,7 +162,7 @@ impl Intercept {
             requester,
             destination,
             elsewhere: Elsewhere::Refuse,
-            policy: Arc::new(Policy::Open),
+            policy: Arc::clone(&settings.policy),
         };
         let gone = until_gone(&stream, &mut buffer, speech);
         match self.forwarder.open(request, gone).await {
@@ -174,12 +179,12 @@ impl Intercept {
     /// Everything up to the destination; what was read stays in `buffer`, a PROXY header apart.
     async fn destination(
         &self,
+        settings: &Settings,
         stream: &Stream,
         peer: &Peer,
         requester: &mut Requester,
         buffer: &mut BytesMut,
     ) -> Result<Destination, Stop> {
-        let settings = self.settings.load_full();
         let deadline = Instant::now() + self.forwarder.timeouts.header;
         let peer = peer.tcp().ok_or(Stop::Gone)?;
         let ends = if settings.trusted.contains(peer.ip()) {

@@ -147,7 +147,9 @@ fn names(rule: &Rule, requester: &Requester) -> bool {
         Who::Client(name) => rule.clients.iter().any(|client| client.fits(name)),
         Who::User(name) => rule.users.iter().any(|user| user.fits(name)),
         Who::Uid(Some(uid)) => rule.uids.contains(uid),
-        Who::Uid(None) | Who::Unproved | Who::Through(_) | Who::Pool => false,
+        // Only frontends whose requesters can't prove anything have rules without names.
+        Who::Unproved | Who::Through(_) => !rule.has_names() && !rule.from.is_empty(),
+        Who::Uid(None) | Who::Pool => false,
     };
     let from = |ip| rule.from.iter().any(|net| net.contains(ip));
     named && (rule.from.is_empty() || requester.address().is_some_and(from))

@@ -25,7 +25,7 @@ use crate::stack::{
 /// Where the intercepting frontend stands in the configuration.
 const DOOR: usize = 4;
 /// Whoever runs the tests.
-const ANYONE: &str = "from: [127.0.0.0/8]";
+const ANYONE: &str = "allow: [{from: [127.0.0.0/8], nodes: ['*'], ports: ['1-65535']}]";
 
 /// A server with an intercepting frontend of these settings.
 fn start(settings: &str, more: &str) -> Stack {
@@ -348,7 +348,10 @@ async fn a_drain_ends_the_silent_at_once_and_cuts_the_rest_with_a_reset() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_named_sources_may_connect_and_a_reload_changes_them() {
-    let stack = start("from: [127.0.0.1]", "");
+    let stack = start(
+        "allow: [{from: [127.0.0.1], nodes: ['*'], ports: ['1-65535']}]",
+        "",
+    );
     let ask = async |source: Ipv4Addr| {
         let mut stream = dial_from(&stack, source).await?;
         stream
@@ -385,12 +388,61 @@ async fn only_named_sources_may_connect_and_a_reload_changes_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rules_say_which_network_may_reach_which_node_at_which_port() {
+    let mut edge = JoinSet::new();
+    let port = shouter(&mut edge).await;
+    let other = shouter(&mut edge).await;
+    let rules = format!(
+        "allow: [{{from: [127.0.0.2], nodes: [edge1], ports: [{port}]}}, {{from: [127.0.0.3], nodes: ['edge*'], ports: [{port}, {other}]}}]"
+    );
+    let mut stack = start(&rules, "");
+    stack.agent("edge1", &allow(&[port, other]));
+    stack.agent("edge2", &allow(&[port, other]));
+    stack.sessions("edge1", 1).await;
+    stack.sessions("edge2", 1).await;
+    let ask = async |source: u8, node: &str, port: u16| {
+        let mut stream = dial_from(&stack, Ipv4Addr::new(127, 0, 0, source)).await?;
+        let head = format!("GET / HTTP/1.1\r\nHost: {node}:{port}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await?;
+        stream.shutdown().await?;
+        rest(&mut stream).await
+    };
+    let mut refusals = 0.0;
+    for (source, node, to, may) in [
+        (2, "edge1", port, true),
+        (2, "edge1", other, false),
+        (2, "edge2", port, false),
+        (3, "edge1", other, true),
+        (3, "edge2", port, true),
+    ] {
+        let answer = String::from_utf8(ask(source, node, to).await.unwrap()).unwrap();
+        let case = format!("{source} {node}:{to}: {answer}");
+        if may {
+            assert!(answer.starts_with("GET / HTTP/1.1\r\nHOST: EDGE"), "{case}");
+        } else {
+            let wanted = format!("HTTP/1.1 403 {node}:{to}: ");
+            assert!(
+                answer.starts_with(&wanted) && answer.contains("unproved may not ask for it"),
+                "{case}"
+            );
+            refusals += 1.0;
+            refused(&stack, "not_allowed", refusals).await;
+        }
+    }
+    // From nowhere that a rule names: nothing is read.
+    assert!(is_reset(ask(4, "edge1", port).await));
+    refused(&stack, "not_allowed", refusals + 1.0).await;
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_header_says_who_asks_and_what_was_dialled() {
     let mut edge = JoinSet::new();
     let port = shouter(&mut edge).await;
     // The agent dials what was asked for.
     let routes = "routes: [{node: edge1, addresses: [127.0.0.0/8]}]";
-    let settings = "from: [192.0.2.0/24], proxyProtocol: {trusted: [127.0.0.1]}";
+    let settings = "allow: [{from: [192.0.2.0/24], nodes: ['*'], ports: ['1-65535']}], \
+        proxyProtocol: {trusted: [127.0.0.1]}";
     let mut stack = start(settings, routes);
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;

@@ -13,8 +13,8 @@ use crate::error::Refusal;
 pub(super) struct Networks(Vec<IpNet>);
 
 impl Networks {
-    pub(super) fn new(cidrs: &[Cidr]) -> Self {
-        Self(cidrs.iter().map(|cidr| cidr.0).collect())
+    pub(super) fn new<'a>(cidrs: impl IntoIterator<Item = &'a Cidr>) -> Self {
+        Self(cidrs.into_iter().map(|cidr| cidr.0).collect())
     }
 
     /// IPv4 addresses count as such on an IPv6 socket too.
@@ -30,7 +30,7 @@ pub(super) fn admit(from: &Networks, source: SocketAddr) -> Result<(), Refusal> 
         return Ok(());
     }
     let subject = format!("source {}", source.ip().to_canonical());
-    let detail = "its network is not in `from`";
+    let detail = "its network is in no rule's `from`";
     Err(Refusal::detailed(subject, Reason::NotAllowed, detail))
 }
 
