@@ -71,6 +71,29 @@ fn reason(error: &io::Error) -> Reason {
     }
 }
 
+/// What a failed dial means: the reason says it, and what it leaves open is added.
+fn refusal(destination: &Destination, address: SocketAddr, error: &io::Error) -> Refusal {
+    let reason = reason(error);
+    let mut detail = match &destination.host {
+        Host::Ip(_) => String::new(),
+        Host::Name(_) => format!("dialled {address}"),
+    };
+    if reason == Reason::DialFailed {
+        let words = error.raw_os_error().map(nix::errno::Errno::from_raw);
+        let words = words.map_or_else(|| error.to_string(), |errno| errno.desc().to_owned());
+        let comma = if detail.is_empty() { "" } else { ", " };
+        detail = format!("{detail}{comma}{words}");
+    }
+    Refusal::detailed(destination, reason, &detail)
+}
+
+fn unresolved(destination: &Destination, error: &io::Error) -> Refusal {
+    let said = error.to_string();
+    // "failed to lookup address information" stands before it, which is what the reason says.
+    let why = said.rsplit(": ").next().unwrap_or_default();
+    Refusal::detailed(destination, Reason::Resolve, why)
+}
+
 /// Dials the destination's addresses in the resolver's order until one answers.
 ///
 /// # Errors
@@ -86,8 +109,7 @@ pub async fn dial(
         Host::Name(name) => {
             let lookup = tokio::net::lookup_host((name.as_str(), destination.port));
             let found = timeout_at(deadline, lookup).await.map_err(late)?;
-            let failed =
-                |e: io::Error| Refusal::detailed(destination, Reason::Resolve, &e.to_string());
+            let failed = |error| unresolved(destination, &error);
             found.map_err(failed)?.collect()
         }
     };
@@ -113,9 +135,7 @@ pub async fn dial(
                 prepare(&stream);
                 return Ok(stream);
             }
-            Ok(Err(error)) => {
-                last = Refusal::detailed(destination, reason(&error), &error.to_string());
-            }
+            Ok(Err(error)) => last = refusal(destination, address, &error),
             Err(_elapsed) => last = Refusal::about(destination, Reason::DialTimeout),
         }
     }
@@ -134,6 +154,8 @@ fn prepare(stream: &TcpStream) {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
 
     #[test]
@@ -157,6 +179,58 @@ mod tests {
         let ours = |a: &str| is_ourselves(a.parse().unwrap(), &own, &interfaces);
         assert!(ours("10.0.0.1:8444") && ours("10.0.0.1:8445"));
         assert!(!ours("10.0.0.2:8444") && !ours("10.0.0.1:443"));
+    }
+
+    #[test]
+    fn a_refusal_says_each_thing_once() {
+        let at = "10.0.0.7:443".parse().unwrap();
+        for (asked, errno, said) in [
+            (
+                "10.0.0.7:443",
+                Errno::ECONNREFUSED,
+                "10.0.0.7:443: connection refused",
+            ),
+            (
+                "web.site:443",
+                Errno::ECONNREFUSED,
+                "web.site:443: connection refused: dialled 10.0.0.7:443",
+            ),
+            (
+                "10.0.0.7:443",
+                Errno::ENETUNREACH,
+                "10.0.0.7:443: no route to the destination",
+            ),
+            (
+                "10.0.0.7:443",
+                Errno::EMFILE,
+                "10.0.0.7:443: out of file descriptors",
+            ),
+            (
+                "10.0.0.7:443",
+                Errno::EACCES,
+                "10.0.0.7:443: the dial failed: Permission denied",
+            ),
+            (
+                "web.site:443",
+                Errno::EADDRNOTAVAIL,
+                "web.site:443: the dial failed: dialled 10.0.0.7:443, Cannot assign requested address",
+            ),
+        ] {
+            let error = io::Error::from_raw_os_error(errno as i32);
+            let refusal = refusal(&asked.parse().unwrap(), at, &error);
+            assert_eq!(refusal.sentence, said);
+        }
+    }
+
+    #[test]
+    fn an_unresolved_name_says_why_once() {
+        let error = io::Error::other(
+            "failed to lookup address information: Temporary failure in name resolution",
+        );
+        let refusal = unresolved(&"web.site:443".parse().unwrap(), &error);
+        let said =
+            "web.site:443: the name could not be resolved: Temporary failure in name resolution";
+        assert_eq!(refusal.sentence, said);
     }
 
     #[tokio::test]
