@@ -3,16 +3,18 @@
 //!
 //! Never dialled, whatever is asked: loopback, link-local and metadata addresses, unspecified, multicast and broadcast
 //! ones, and this server's own listeners. The check is on the address that is then dialled, so no name can be bent.
+//! Where rules of this machine lead connections to us, a mark on ours exempts them (`proxy-server redirect`).
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use proto::{Destination, Host, Reason, is_loopback, is_never_dialled};
-use socket2::{SockRef, TcpKeepalive};
-use tokio::net::TcpStream;
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::config::Mark;
 use crate::error::Refusal;
 
 /// Whether the address is one that is never dialled.
@@ -101,6 +103,7 @@ fn unresolved(destination: &Destination, error: &io::Error) -> Refusal {
 pub async fn dial(
     destination: &Destination,
     own: &[SocketAddr],
+    mark: Option<Mark>,
     deadline: Instant,
 ) -> Result<TcpStream, Refusal> {
     let late = |_elapsed| Refusal::about(destination, Reason::DialTimeout);
@@ -125,12 +128,7 @@ pub async fn dial(
             last = Refusal::about(destination, Reason::ForbiddenDestination);
             continue;
         }
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the one place that dials without a tunnel"
-        )]
-        let connect = TcpStream::connect(address);
-        match timeout(share, connect).await {
+        match timeout(share, connect(address, mark)).await {
             Ok(Ok(stream)) => {
                 prepare(&stream);
                 return Ok(stream);
@@ -140,6 +138,30 @@ pub async fn dial(
         }
     }
     Err(last)
+}
+
+async fn connect(address: SocketAddr, mark: Option<Mark>) -> io::Result<TcpStream> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    if let Some(mark) = mark {
+        SockRef::from(&socket).set_mark(mark.get())?;
+    }
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that dials without a tunnel"
+    )]
+    let connected = socket.connect(address).await;
+    connected
+}
+
+/// Whether this process may mark its connections.
+///
+/// # Errors
+/// What the kernel says to it.
+pub(crate) fn may_mark(mark: Mark) -> io::Result<()> {
+    Socket::new(Domain::IPV4, Type::STREAM, None)?.set_mark(mark.get())
 }
 
 /// No delay, and a destination that vanishes without a word is noticed.
@@ -237,7 +259,7 @@ mod tests {
     async fn a_name_that_leads_to_loopback_is_refused() {
         let destination = "localhost:1".parse().unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
-        let refusal = dial(&destination, &[], deadline).await.unwrap_err();
+        let refusal = dial(&destination, &[], None, deadline).await.unwrap_err();
         assert_eq!(refusal.reason, Reason::ForbiddenDestination);
     }
 }
