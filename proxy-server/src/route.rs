@@ -165,10 +165,10 @@ fn by_agent(destination: &Destination, known: impl Fn(&AgentName) -> bool) -> Ro
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn entry(node: &str, agent: Option<&str>, addresses: &[&str]) -> RouteEntry {
+    pub(crate) fn entry(node: &str, agent: Option<&str>, addresses: &[&str]) -> RouteEntry {
         let cidr = |a: &&str| Cidr::try_from((*a).to_owned()).unwrap();
         RouteEntry {
             node: node.into(),

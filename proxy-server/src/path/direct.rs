@@ -39,7 +39,7 @@ pub(crate) fn is_own(address: SocketAddr, own: &[SocketAddr]) -> bool {
 }
 
 /// Addresses of this machine's interfaces.
-fn interfaces() -> Vec<IpAddr> {
+pub(crate) fn interfaces() -> Vec<IpAddr> {
     let Ok(all) = nix::ifaddrs::getifaddrs() else {
         return Vec::new();
     };
