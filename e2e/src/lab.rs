@@ -110,7 +110,10 @@ impl Lab {
     }
 
     /// Writes a configuration file.
-    fn config(&self, name: &str, config: &Value) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn config(&self, name: &str, config: &Value) -> Result<PathBuf> {
         let path = self.dir().join(format!("{name}.yaml"));
         fs::write(&path, serde_json::to_vec_pretty(config)?)?;
         Ok(path)

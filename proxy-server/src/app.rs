@@ -24,10 +24,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
 use crate::cluster::{Cluster, Publisher, Source as ClusterSource, Watch};
-use crate::config::Config;
+use crate::config::{Config, Mark};
 use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
+use crate::path::direct;
 use crate::registry::Registry;
 use crate::reload::{Reloader, Source, frontend_tls, live};
 use crate::route::RouteTable;
@@ -126,6 +127,7 @@ impl App {
             budget,
             timeouts: config.timeouts,
             own: ArcSwap::default(),
+            mark: mark(&config)?,
             cut: CancellationToken::new(),
         });
         let tuning = Tuning::server(window, config.backend.idle_timeout);
@@ -264,6 +266,25 @@ fn quic_secret(state_dir: &Path) -> anyhow::Result<[u8; 32]> {
         tracing::warn!(error = %daemon::chain(&error), "could not keep the QUIC secret");
     }
     Ok(secret)
+}
+
+/// The mark of direct dials. Asked for by name, it must be possible; else they do without.
+fn mark(config: &Config) -> anyhow::Result<Option<Mark>> {
+    if config.direct.mark.is_none() && !config.may_meet_itself() {
+        return Ok(None);
+    }
+    let mark = config.mark();
+    let Err(error) = direct::may_mark(mark) else {
+        return Ok(Some(mark));
+    };
+    if config.direct.mark.is_some() {
+        return Err(error).context("direct.mark: marking a connection needs CAP_NET_ADMIN");
+    }
+    tracing::warn!(
+        %error,
+        "direct dials can't be marked without CAP_NET_ADMIN: where `proxy-server redirect` has rules on this machine, one that goes to a node's address comes back here"
+    );
+    Ok(None)
 }
 
 /// TCP and UDP on one port; a port that was left open is chosen so that it is free for both.

@@ -8,9 +8,9 @@ use clap::{Args, Parser, Subcommand};
 use daemon::{Exit, LogFormat, Signals};
 
 use crate::app::{App, Environment};
-use crate::commands;
 use crate::config::{self, Overrides};
 use crate::reload::Source;
+use crate::{commands, redirect};
 
 /// The cloud side of a Corvid tunnel.
 ///
@@ -49,6 +49,14 @@ enum Command {
     /// The authority's certificates.
     #[command(subcommand)]
     Cert(CertCommand),
+    /// Lead what this machine dials at edge nodes to its `intercept` frontend, by nftables rules.
+    ///
+    /// For a kube-apiserver that dials nodes by address and whose flags can't be changed: on the machine where it and
+    /// this server both run. Ports come from the `intercept` frontends of the configuration, addresses from its `routes`
+    /// and from the cluster's nodes that are at the edge by label, annotation or pool. An address that two nodes share is
+    /// left out and reported. The rules are one nftables table, `inet corvid_redirect`, shown before anything is done;
+    /// connections with the mark `direct.mark`, which are this server's own, are exempt.
+    Redirect(RedirectArgs),
     /// Tokens and passwords of scrapers.
     #[command(subcommand)]
     Credential(CredentialCommand),
@@ -115,6 +123,65 @@ struct StatusArgs {
     #[arg(long, env = "CORVID_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET)]
     socket: PathBuf,
 }
+
+#[derive(Debug, Args)]
+#[command(after_help = REDIRECT_EXAMPLES)]
+struct RedirectArgs {
+    #[command(flatten)]
+    action: RedirectAction,
+    /// Print JSON.
+    #[arg(long, conflicts_with_all = ["run", "remove"])]
+    json: bool,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct RedirectAction {
+    /// Show the rules and what is left out of them; needs no privilege.
+    #[arg(long)]
+    dry_run: bool,
+    /// Show the rules, put them in place and end. They stay, and nodes that come later are not in them.
+    #[arg(long)]
+    apply: bool,
+    /// Remove the rules, also those of a run that was killed.
+    #[arg(long)]
+    remove: bool,
+    /// Show the rules, put them in place, follow the nodes, and remove them at the end (SIGTERM, SIGINT).
+    #[arg(long)]
+    run: bool,
+}
+
+impl RedirectArgs {
+    fn command(&self) -> redirect::Command {
+        let RedirectAction {
+            dry_run,
+            apply,
+            remove,
+            run: _,
+        } = self.action;
+        let action = match (dry_run, apply, remove) {
+            (true, _, _) => redirect::Action::DryRun,
+            (_, true, _) => redirect::Action::Apply,
+            (_, _, true) => redirect::Action::Remove,
+            // One of them is required.
+            (false, false, false) => redirect::Action::Run,
+        };
+        redirect::Command {
+            action,
+            json: self.json,
+            file: self.config.config.clone(),
+            overrides: self.config.overrides(),
+        }
+    }
+}
+
+const REDIRECT_EXAMPLES: &str = "\
+Examples:
+  proxy-server redirect --dry-run
+  proxy-server redirect --dry-run --json | jq .leftOut
+  proxy-server redirect --run --config /etc/corvid/proxy-server.yaml";
 
 #[derive(Debug, Subcommand)]
 enum TokenCommand {
@@ -231,6 +298,7 @@ pub fn main(cli: Cli) -> Exit {
             days,
             out,
         }) => commands::finish(commands::cert_issue(&state, &client, days, &out)),
+        Command::Redirect(args) => redirect::main(&args.command()),
         Command::Credential(CredentialCommand::Hash { name }) => {
             commands::finish(commands::credential_hash(&name))
         }

@@ -35,12 +35,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-pub(crate) use client::Source;
+pub(crate) use client::{ClientError, Source};
 use dns::Published;
 pub(crate) use dns::Publisher;
 use nodes::Nodes;
 use parking_lot::Mutex;
 pub use table::ClusterTable;
+use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::Instant;
 pub(crate) use watch::Watch;
 
@@ -53,6 +54,7 @@ pub struct Cluster {
     table: ArcSwap<ClusterTable>,
     freshness: Mutex<Freshness>,
     published: Option<Arc<Published>>,
+    changed: Sender<()>,
     metrics: ClusterMetrics,
 }
 
@@ -98,6 +100,11 @@ impl Cluster {
         self.table.load_full()
     }
 
+    /// Fires when there are other nodes, or all were read for the first time. Several changes at once are one.
+    pub(crate) fn changes(&self) -> Receiver<()> {
+        self.changed.subscribe()
+    }
+
     /// How current they are.
     pub fn freshness(&self) -> Freshness {
         self.freshness.lock().clone()
@@ -138,12 +145,14 @@ impl Cluster {
         count("ready", nodes.values().filter(|node| node.ready).count());
         count("edge", nodes.values().filter(|node| node.edge).count());
         self.table.store(Arc::new(ClusterTable::new(nodes)));
+        self.changed.send_replace(());
     }
 
     /// All nodes were read.
     fn synced(&self) {
         self.freshness.lock().synced = true;
         self.export();
+        self.changed.send_replace(());
     }
 
     /// kube-apiserver answered well.

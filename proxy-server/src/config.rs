@@ -4,6 +4,7 @@
 
 mod allow;
 mod check;
+mod direct;
 mod dns;
 mod frontend;
 mod kubernetes;
@@ -15,6 +16,7 @@ use std::time::Duration;
 pub use allow::{Pattern, Ports, Rule};
 use certs::{Name, TrustDomain};
 use daemon::{ByteSize, ConfigError, Listen, LogFormat};
+pub use direct::{Direct, Mark};
 pub(crate) use dns::is_subdomain;
 pub use dns::{Dns, LeaseTimes, ObjectName};
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
@@ -51,6 +53,9 @@ pub struct Config {
     /// Nodes whose agent has another name, or that are asked for by address. They go before what the cluster says.
     #[serde(default)]
     pub routes: Vec<RouteEntry>,
+    /// How what is not at the edge is dialled.
+    #[serde(default)]
+    pub direct: Direct,
     /// Time limits of a request.
     #[serde(default)]
     pub timeouts: Timeouts,

@@ -17,6 +17,7 @@ pub mod limits;
 pub mod metrics;
 pub mod path;
 pub mod record;
+pub mod redirect;
 pub mod registry;
 pub mod reload;
 pub mod route;

@@ -205,7 +205,7 @@ impl Reloader {
         self.backend.forwarder.routing.table.store(Arc::new(table));
         if needs_restart(&self.running, &new) {
             tracing::warn!(
-                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes"
+                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes, direct"
             );
         }
         for useless in new.useless_rules() {
@@ -245,6 +245,7 @@ fn needs_restart(old: &Config, new: &Config) -> bool {
         || old.observe != new.observe
         || old.admin != new.admin
         || old.kubernetes != new.kubernetes
+        || old.direct != new.direct
 }
 
 /// A frontend's TLS as a value that can be swapped.

@@ -11,7 +11,7 @@
 //! | name of a known agent (it enrolled, or has or had a session) | that agent: an edge outside the cluster |
 //! | anything else | not at the edge: the frontend's own default |
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -42,8 +42,18 @@ pub enum Route {
 #[derive(Debug, Default, Clone)]
 pub struct RouteTable {
     names: HashMap<String, (AgentName, Option<IpAddr>)>,
-    /// Longest prefix first.
-    nets: Vec<(IpNet, String, AgentName)>,
+    nets: BTreeMap<IpNet, Vec<Claim>>,
+    /// Prefix lengths that there are.
+    lengths: BTreeSet<u8>,
+}
+
+/// A configured node that has an address or CIDR.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Its name.
+    pub node: String,
+    /// Who serves it.
+    pub agent: AgentName,
 }
 
 impl RouteTable {
@@ -54,7 +64,12 @@ impl RouteTable {
         for entry in entries {
             let Some(agent) = entry.agent() else { continue };
             for cidr in &entry.addresses {
-                table.nets.push((cidr.0, entry.node.clone(), agent.clone()));
+                let claim = Claim {
+                    node: entry.node.clone(),
+                    agent: agent.clone(),
+                };
+                table.nets.entry(cidr.0).or_default().push(claim);
+                table.lengths.insert(cidr.0.prefix_len());
             }
             let whole = |cidr: &&Cidr| cidr.0.prefix_len() == cidr.0.max_prefix_len();
             let address = (entry.node != agent.as_str())
@@ -62,9 +77,6 @@ impl RouteTable {
                 .flatten();
             table.names.insert(entry.node.clone(), (agent, address));
         }
-        table
-            .nets
-            .sort_by_key(|(net, ..)| std::cmp::Reverse(net.prefix_len()));
         table
     }
 
@@ -94,6 +106,18 @@ impl RouteTable {
             .map(|(node, (agent, _))| (node.as_str(), agent))
     }
 
+    /// Every configured address and CIDR, with the nodes that have it.
+    pub(crate) const fn nets(&self) -> &BTreeMap<IpNet, Vec<Claim>> {
+        &self.nets
+    }
+
+    /// The nodes that have the most specific entry for an address.
+    pub(crate) fn claims(&self, ip: IpAddr) -> &[Claim] {
+        let entry = |length: &u8| self.nets.get(&IpNet::new(ip, *length).ok()?.trunc());
+        let longest = self.lengths.iter().rev().find_map(entry);
+        longest.map_or(&[], Vec::as_slice)
+    }
+
     fn by_name(&self, name: &str) -> Option<Route> {
         let (agent, address) = self.names.get(name)?;
         Some(Route::Edge {
@@ -104,21 +128,20 @@ impl RouteTable {
     }
 
     fn by_address(&self, ip: IpAddr) -> Option<Result<Route, Refusal>> {
-        let mut fitting = self.nets.iter().filter(|(net, ..)| net.contains(&ip));
-        let (longest, node, agent) = fitting.next()?;
-        let rivals: BTreeSet<&str> = fitting
-            .take_while(|(net, ..)| net.prefix_len() == longest.prefix_len())
-            .filter(|(_, _, other)| other != agent)
-            .map(|(_, node, _)| node.as_str())
-            .collect();
-        if rivals.is_empty() {
+        let claims = self.claims(ip);
+        let Claim { node, agent } = claims.first()?;
+        if claims.iter().all(|claim| claim.agent == *agent) {
             return Some(Ok(Route::Edge {
                 agent: agent.clone(),
                 node: node.clone(),
                 dialled: None,
             }));
         }
-        let names: BTreeSet<&str> = rivals.into_iter().chain([node.as_str()]).collect();
+        let rivals = claims.iter().filter(|claim| claim.agent != *agent);
+        let names: BTreeSet<&str> = rivals
+            .map(|claim| claim.node.as_str())
+            .chain([node.as_str()])
+            .collect();
         let names = names.into_iter().collect::<Vec<_>>().join(" and ");
         Some(Err(Refusal {
             reason: Reason::AmbiguousDestination,
@@ -142,10 +165,10 @@ fn by_agent(destination: &Destination, known: impl Fn(&AgentName) -> bool) -> Ro
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn entry(node: &str, agent: Option<&str>, addresses: &[&str]) -> RouteEntry {
+    pub(crate) fn entry(node: &str, agent: Option<&str>, addresses: &[&str]) -> RouteEntry {
         let cidr = |a: &&str| Cidr::try_from((*a).to_owned()).unwrap();
         RouteEntry {
             node: node.into(),

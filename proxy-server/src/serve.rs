@@ -33,7 +33,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
-use crate::config::{Elsewhere, Timeouts};
+use crate::config::{Elsewhere, Mark, Timeouts};
 use crate::error::Refusal;
 use crate::frontend::policy::{Policy, Requester, Target};
 use crate::limits::Limits;
@@ -76,6 +76,8 @@ pub struct Forwarder {
     pub timeouts: Timeouts,
     /// Our own listeners, never dialled directly.
     pub own: ArcSwap<Vec<SocketAddr>>,
+    /// The mark of direct dials, if they have one.
+    pub mark: Option<Mark>,
     /// Cancelled when the drain is over: what still runs is reset.
     pub cut: CancellationToken,
 }
@@ -235,7 +237,7 @@ impl Forwarder {
             Route::Elsewhere => {
                 record.path = Path::Direct;
                 let own = self.own.load();
-                let stream = direct::dial(destination, &own, deadline).await?;
+                let stream = direct::dial(destination, &own, self.mark, deadline).await?;
                 let (send, recv) = tcp::halves(stream);
                 Ok((Halves::Direct(send, recv), Bytes::new(), permit))
             }

@@ -169,6 +169,23 @@ impl Server {
         })
     }
 
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// Runs `proxy-server redirect` on this server's host, with this server's configuration or another.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn redirect(&self, what: &str, config: Option<&Path>) -> Result<String> {
+        let mut command = self.host.command(binary("proxy-server")?);
+        command.args(["redirect", what, "--config"]);
+        command.arg(config.unwrap_or(&self.config));
+        succeeded(command)
+    }
+
     /// Runs `proxy-server` as a tool on this server's configuration.
     ///
     /// # Errors

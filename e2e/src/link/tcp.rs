@@ -41,6 +41,7 @@ pub(super) async fn run(
 }
 
 async fn connection(near: TcpStream, to: SocketAddr, sky: Arc<Sky>) -> Result<()> {
+    #[expect(clippy::disallowed_methods, reason = "the line")]
     let far = TcpSocket::new_v4()?.connect(to).await?;
     near.set_nodelay(true)?;
     far.set_nodelay(true)?;

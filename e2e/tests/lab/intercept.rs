@@ -1,5 +1,5 @@
 //! Interception by original destination: a client dials nodes' addresses and knows nothing of any tunnel; rules of the
-//! control plane's host lead it to the proxy-server. The stand-in kubelet speaks neither TLS nor HTTP, so nothing but the
+//! control plane's host (`proxy-server redirect`, or TPROXY by hand) lead it to the proxy-server. The stand-in kubelet speaks neither TLS nor HTTP, so nothing but the
 //! address that was dialled says which node is meant.
 
 use std::io::{Read, Write};
@@ -13,14 +13,14 @@ use e2e::process::Process;
 use serde_json::{Value, json};
 
 /// Longest wait for an answer.
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// What the stand-in answers with its name.
-const NAME: &str = "name\n";
+pub(crate) const NAME: &str = "name\n";
 /// A request that names nobody.
-const NAMELESS: &str = "GET / HTTP/1.1\r\n\r\n";
+pub(crate) const NAMELESS: &str = "GET / HTTP/1.1\r\n\r\n";
 
 /// What a client on that host reads when it dials `to` and says that.
-fn dialled(host: &Host, to: &str, say: &str) -> Result<String> {
+pub(crate) fn dialled(host: &Host, to: &str, say: &str) -> Result<String> {
     let to: SocketAddr = to.parse()?;
     let ask = || -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&to, SOON)?;
@@ -33,22 +33,28 @@ fn dialled(host: &Host, to: &str, say: &str) -> Result<String> {
     host.enter(ask)?.with_context(|| format!("dialling {to}"))
 }
 
-/// Two nodes that are known by two addresses of each family, and one address that they share.
-struct Site {
-    _agents: [Agent; 2],
-    _kubelets: [Process; 2],
-    server: Server,
+/// Where connections of the cloud host itself are led to, in both families.
+pub(crate) fn door() -> Value {
+    json!({
+        "type": "intercept", "listen": "[::]:10250",
+        "allow": [{"from": ["203.0.113.10", "fd01::10"], "nodes": ["*"], "ports": [10250]}],
+    })
 }
 
-fn site(lab: &Lab, door: &Value) -> Result<Site> {
+/// Two nodes that are known by two addresses of each family, and one address that they share.
+pub(crate) struct Site {
+    _agents: [Agent; 2],
+    _kubelets: [Process; 2],
+    pub(crate) server: Server,
+}
+
+/// With this frontend and these other settings.
+pub(crate) fn site(lab: &Lab, door: &Value, edit: impl FnOnce(&mut Value)) -> Result<Site> {
     let server = lab.server(|config| {
-        config["routes"] = json!([
-            {"node": "edge1", "addresses": ["10.1.0.1", "fd00::1", "192.168.1.10"]},
-            {"node": "edge2", "addresses": ["10.1.0.2", "fd00::2", "192.168.1.10"]},
-        ]);
         if let Some(frontends) = config["frontends"].as_array_mut() {
             frontends.push(door.clone());
         }
+        edit(config);
     })?;
     // Both families between the cloud and the internet's router.
     let (cloud, inet) = (lab.host("cloud")?, lab.host("inet")?);
@@ -71,8 +77,15 @@ fn site(lab: &Lab, door: &Value) -> Result<Site> {
     })
 }
 
+pub(crate) fn routes(config: &mut Value) {
+    config["routes"] = json!([
+        {"node": "edge1", "addresses": ["10.1.0.1", "fd00::1", "192.168.1.10"]},
+        {"node": "edge2", "addresses": ["10.1.0.2", "fd00::2", "192.168.1.10"]},
+    ]);
+}
+
 /// Each address leads to its node.
-fn each_reaches_its_own(client: &Host) -> Result<()> {
+pub(crate) fn each_reaches_its_own(client: &Host) -> Result<()> {
     for _ in 0..3 {
         for (address, node) in [
             ("10.1.0.1:10250", "edge1\n"),
@@ -87,7 +100,7 @@ fn each_reaches_its_own(client: &Host) -> Result<()> {
     Ok(())
 }
 
-fn is_told(client: &Host, to: &str, wanted: &str) -> Result<()> {
+pub(crate) fn is_told(client: &Host, to: &str, wanted: &str) -> Result<()> {
     let said = dialled(client, to, NAMELESS)?;
     ensure!(said.starts_with(wanted), "{to} says {said:?}");
     Ok(())
@@ -96,15 +109,17 @@ fn is_told(client: &Host, to: &str, wanted: &str) -> Result<()> {
 #[test]
 fn a_redirect_on_the_control_planes_host_leads_to_the_node_that_was_dialled() {
     lab::scenario(|lab| {
-        let door = json!({"type": "intercept", "listen": "[::]:10250", "allow": [{"from": ["203.0.113.10", "fd01::10"], "nodes": ["*"], "ports": [10250]}]});
-        let site = site(lab, &door)?;
+        let site = site(lab, &door(), routes)?;
         let cloud = lab.host("cloud")?;
+        let shown = site.server.redirect("--apply", None)?;
+        let left_out = "192.168.1.10 is shared by nodes that different agents serve: edge1, edge2";
+        ensure!(shown.contains(left_out), "{shown}");
+        // Services, as kube-proxy makes them, and the address that the command leaves out.
         cloud.nft(
             "table inet led_here {
                 chain out {
                     type nat hook output priority -100;
-                    ip daddr { 10.1.0.0/24, 192.168.1.10 } tcp dport 10250 redirect to :10250
-                    ip6 daddr fd00::/64 tcp dport 10250 redirect to :10250
+                    ip daddr 192.168.1.10 tcp dport 10250 redirect to :10250
                     ip daddr 10.96.0.7 tcp dport 10250 dnat ip to 203.0.113.10:10250
                     ip6 daddr fd96::7 tcp dport 10250 dnat ip6 to [fd01::10]:10250
                 }
@@ -146,7 +161,7 @@ fn tproxy_hands_over_connections_of_other_hosts_as_they_were_dialled() {
             "type": "intercept", "listen": "[::]:10251", "port": 10250, "transparent": true,
             "allow": [{"from": ["203.0.113.1", "fd01::1"], "nodes": ["*"], "ports": [10250]}],
         });
-        let _site = site(lab, &door)?;
+        let _site = site(lab, &door, routes)?;
         let (cloud, inet) = (lab.host("cloud")?, lab.host("inet")?);
         inet.ip("route add 10.1.0.0/24 via 203.0.113.10")?;
         inet.ip("-6 route add fd00::/64 via fd01::10")?;

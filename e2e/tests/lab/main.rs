@@ -3,12 +3,21 @@
 //! Every scenario has a lab of its own, one at a time; what it started is gone when it ends. `e2e::lab` says where the
 //! daemons' binaries are looked for.
 
+#[path = "../../../proxy-server/tests/app/api.rs"]
+#[expect(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a part of the tests of proxy-server, which use all of it"
+)]
+mod api;
 mod content;
 mod harness;
 mod intercept;
 mod line;
 mod load;
 mod outage;
+mod redirect;
 mod refusal;
 mod restart;
 mod scrape;

@@ -26,6 +26,8 @@ use crate::config::Kubernetes;
 pub const AGENT: &str = "corvid.io/agent";
 /// Where a kubelet listens that does not say where.
 pub const KUBELET_PORT: u16 = 10250;
+/// Addresses, and names, that are kept of a node; real ones have a handful. A kubelet writes them itself.
+const MOST: usize = 32;
 
 /// What is read of a Node; the rest is skipped while it is parsed.
 #[derive(Debug, Clone, Deserialize)]
@@ -212,6 +214,9 @@ fn addresses(all: &[Address]) -> (Vec<IpAddr>, usize) {
     let of = |kind: &'static str| all.iter().filter(move |address| address.kind == kind);
     let (mut addresses, mut internal) = (Vec::new(), 0);
     for address in of("InternalIP").chain(of("ExternalIP")) {
+        if addresses.len() == MOST {
+            break;
+        }
         let Ok(ip) = address.address.parse::<IpAddr>() else {
             continue;
         };
@@ -227,6 +232,9 @@ fn addresses(all: &[Address]) -> (Vec<IpAddr>, usize) {
 fn aliases(name: &str, all: &[Address]) -> Vec<String> {
     let mut aliases = Vec::new();
     for address in all {
+        if aliases.len() == MOST {
+            break;
+        }
         if !matches!(
             address.kind.as_str(),
             "Hostname" | "InternalDNS" | "ExternalDNS"
@@ -330,6 +338,23 @@ pub(crate) mod tests {
         let bare = trim(bare, &Kubernetes::default()).unwrap();
         assert_eq!((bare.agent.as_str(), bare.kubelet_port), ("n1", 10250));
         assert!(!bare.edge && !bare.ready && bare.addresses.is_empty());
+    }
+
+    #[test]
+    fn a_kubelet_that_claims_everything_is_heard_so_far() {
+        let claims: Vec<_> = (0..500)
+            .map(|i| format!("10.0.{}.{}", i / 250, i % 250))
+            .collect();
+        let names: Vec<_> = (0..500).map(|i| format!("n{i}.site")).collect();
+        let claims = claims.iter().map(|a| ("InternalIP", a.as_str()));
+        let names = names.iter().map(|n| ("InternalDNS", n.as_str()));
+        let all: Vec<_> = claims.chain(names).collect();
+        let greedy = trim(
+            node("n1", json!({}), json!({}), &all),
+            &Kubernetes::default(),
+        )
+        .unwrap();
+        assert_eq!((greedy.addresses.len(), greedy.aliases.len()), (MOST, MOST));
     }
 
     #[test]

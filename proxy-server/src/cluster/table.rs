@@ -9,7 +9,7 @@
 //! | name or address that nodes claim, none at the edge | not at the edge |
 //! | anything else | not known here |
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -59,6 +59,12 @@ impl ClusterTable {
     pub(super) fn is_alone(&self, alias: &str) -> bool {
         let claims = self.aliases.get(alias);
         claims.is_some_and(|claims| claims.len() == 1)
+    }
+
+    /// Every address that a node has, with all nodes that have it.
+    pub(crate) fn addresses(&self) -> BTreeMap<IpAddr, &[Arc<Node>]> {
+        let all = self.addresses.iter();
+        all.map(|(ip, claims)| (*ip, claims.as_slice())).collect()
     }
 
     /// Routes a destination; `None` if no node has anything to do with it. `known` says whether there is an agent of

@@ -3,16 +3,18 @@
 //!
 //! Never dialled, whatever is asked: loopback, link-local and metadata addresses, unspecified, multicast and broadcast
 //! ones, and this server's own listeners. The check is on the address that is then dialled, so no name can be bent.
+//! Where rules of this machine lead connections to us, a mark on ours exempts them (`proxy-server redirect`).
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use proto::{Destination, Host, Reason, is_loopback, is_never_dialled};
-use socket2::{SockRef, TcpKeepalive};
-use tokio::net::TcpStream;
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::config::Mark;
 use crate::error::Refusal;
 
 /// Whether the address is one that is never dialled.
@@ -37,7 +39,7 @@ pub(crate) fn is_own(address: SocketAddr, own: &[SocketAddr]) -> bool {
 }
 
 /// Addresses of this machine's interfaces.
-fn interfaces() -> Vec<IpAddr> {
+pub(crate) fn interfaces() -> Vec<IpAddr> {
     let Ok(all) = nix::ifaddrs::getifaddrs() else {
         return Vec::new();
     };
@@ -71,6 +73,29 @@ fn reason(error: &io::Error) -> Reason {
     }
 }
 
+/// What a failed dial means: the reason says it, and what it leaves open is added.
+fn refusal(destination: &Destination, address: SocketAddr, error: &io::Error) -> Refusal {
+    let reason = reason(error);
+    let mut detail = match &destination.host {
+        Host::Ip(_) => String::new(),
+        Host::Name(_) => format!("dialled {address}"),
+    };
+    if reason == Reason::DialFailed {
+        let words = error.raw_os_error().map(nix::errno::Errno::from_raw);
+        let words = words.map_or_else(|| error.to_string(), |errno| errno.desc().to_owned());
+        let comma = if detail.is_empty() { "" } else { ", " };
+        detail = format!("{detail}{comma}{words}");
+    }
+    Refusal::detailed(destination, reason, &detail)
+}
+
+fn unresolved(destination: &Destination, error: &io::Error) -> Refusal {
+    let said = error.to_string();
+    // "failed to lookup address information" stands before it, which is what the reason says.
+    let why = said.rsplit(": ").next().unwrap_or_default();
+    Refusal::detailed(destination, Reason::Resolve, why)
+}
+
 /// Dials the destination's addresses in the resolver's order until one answers.
 ///
 /// # Errors
@@ -78,6 +103,7 @@ fn reason(error: &io::Error) -> Reason {
 pub async fn dial(
     destination: &Destination,
     own: &[SocketAddr],
+    mark: Option<Mark>,
     deadline: Instant,
 ) -> Result<TcpStream, Refusal> {
     let late = |_elapsed| Refusal::about(destination, Reason::DialTimeout);
@@ -86,8 +112,7 @@ pub async fn dial(
         Host::Name(name) => {
             let lookup = tokio::net::lookup_host((name.as_str(), destination.port));
             let found = timeout_at(deadline, lookup).await.map_err(late)?;
-            let failed =
-                |e: io::Error| Refusal::detailed(destination, Reason::Resolve, &e.to_string());
+            let failed = |error| unresolved(destination, &error);
             found.map_err(failed)?.collect()
         }
     };
@@ -103,23 +128,40 @@ pub async fn dial(
             last = Refusal::about(destination, Reason::ForbiddenDestination);
             continue;
         }
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the one place that dials without a tunnel"
-        )]
-        let connect = TcpStream::connect(address);
-        match timeout(share, connect).await {
+        match timeout(share, connect(address, mark)).await {
             Ok(Ok(stream)) => {
                 prepare(&stream);
                 return Ok(stream);
             }
-            Ok(Err(error)) => {
-                last = Refusal::detailed(destination, reason(&error), &error.to_string());
-            }
+            Ok(Err(error)) => last = refusal(destination, address, &error),
             Err(_elapsed) => last = Refusal::about(destination, Reason::DialTimeout),
         }
     }
     Err(last)
+}
+
+async fn connect(address: SocketAddr, mark: Option<Mark>) -> io::Result<TcpStream> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    if let Some(mark) = mark {
+        SockRef::from(&socket).set_mark(mark.get())?;
+    }
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that dials without a tunnel"
+    )]
+    let connected = socket.connect(address).await;
+    connected
+}
+
+/// Whether this process may mark its connections.
+///
+/// # Errors
+/// What the kernel says to it.
+pub(crate) fn may_mark(mark: Mark) -> io::Result<()> {
+    Socket::new(Domain::IPV4, Type::STREAM, None)?.set_mark(mark.get())
 }
 
 /// No delay, and a destination that vanishes without a word is noticed.
@@ -134,6 +176,8 @@ fn prepare(stream: &TcpStream) {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
 
     #[test]
@@ -159,11 +203,63 @@ mod tests {
         assert!(!ours("10.0.0.2:8444") && !ours("10.0.0.1:443"));
     }
 
+    #[test]
+    fn a_refusal_says_each_thing_once() {
+        let at = "10.0.0.7:443".parse().unwrap();
+        for (asked, errno, said) in [
+            (
+                "10.0.0.7:443",
+                Errno::ECONNREFUSED,
+                "10.0.0.7:443: connection refused",
+            ),
+            (
+                "web.site:443",
+                Errno::ECONNREFUSED,
+                "web.site:443: connection refused: dialled 10.0.0.7:443",
+            ),
+            (
+                "10.0.0.7:443",
+                Errno::ENETUNREACH,
+                "10.0.0.7:443: no route to the destination",
+            ),
+            (
+                "10.0.0.7:443",
+                Errno::EMFILE,
+                "10.0.0.7:443: out of file descriptors",
+            ),
+            (
+                "10.0.0.7:443",
+                Errno::EACCES,
+                "10.0.0.7:443: the dial failed: Permission denied",
+            ),
+            (
+                "web.site:443",
+                Errno::EADDRNOTAVAIL,
+                "web.site:443: the dial failed: dialled 10.0.0.7:443, Cannot assign requested address",
+            ),
+        ] {
+            let error = io::Error::from_raw_os_error(errno as i32);
+            let refusal = refusal(&asked.parse().unwrap(), at, &error);
+            assert_eq!(refusal.sentence, said);
+        }
+    }
+
+    #[test]
+    fn an_unresolved_name_says_why_once() {
+        let error = io::Error::other(
+            "failed to lookup address information: Temporary failure in name resolution",
+        );
+        let refusal = unresolved(&"web.site:443".parse().unwrap(), &error);
+        let said =
+            "web.site:443: the name could not be resolved: Temporary failure in name resolution";
+        assert_eq!(refusal.sentence, said);
+    }
+
     #[tokio::test]
     async fn a_name_that_leads_to_loopback_is_refused() {
         let destination = "localhost:1".parse().unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
-        let refusal = dial(&destination, &[], deadline).await.unwrap_err();
+        let refusal = dial(&destination, &[], None, deadline).await.unwrap_err();
         assert_eq!(refusal.reason, Reason::ForbiddenDestination);
     }
 }

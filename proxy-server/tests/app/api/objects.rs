@@ -79,7 +79,7 @@ pub(super) async fn answer(
             merge(&mut held, &body);
             state.store(path, held)
         }
-        (method, _) => panic!("{method} {path}"),
+        (_, _) => return status(405),
     };
     whole(StatusCode::OK, &stored)
 }
