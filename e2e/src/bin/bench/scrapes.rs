@@ -12,6 +12,7 @@ mod exporters;
 mod nodes;
 mod others;
 mod scraper;
+mod table;
 mod times;
 
 use std::net::SocketAddr;
@@ -25,8 +26,8 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 pub(crate) use exporters::Exporters;
 use others::{Asked, Others};
-pub(crate) use scraper::Scraper;
 use scraper::Scraped;
+pub(crate) use scraper::Scraper;
 use times::Failures;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -89,19 +90,17 @@ struct Phase {
 /// When a single request failed.
 pub(crate) async fn measure(options: &Options) -> Result<()> {
     let cast = Cast::new(options)?;
-    let idle = cast
-        .phase(None, async {
-            sleep(Duration::from_secs(options.idle)).await;
-            Ok(None)
-        })
+    // The first request of each process pays for what is made once.
+    let warm = cast.idle(1).await?;
+    let idle = cast.idle(options.idle).await?;
+    let tunnel = cast
+        .scrapes(options, Some(cast.proxy), options.intervals)
         .await?;
-    let tunnel = cast.scrapes(options, Some(cast.proxy)).await?;
-    let direct = cast.scrapes(options, None).await?;
-    print(options, &[&idle, &tunnel, &direct])?;
+    let direct = cast.scrapes(options, None, 1).await?;
+    table::print(options, [&idle, &tunnel, &direct])?;
     let mut failures = Failures::default();
-    for phase in [idle, tunnel, direct] {
-        failures.extend(phase.asked.failures);
-        failures.extend(phase.scraped.unwrap_or_default().failures);
+    for phase in [warm, idle, tunnel, direct] {
+        failures.extend(phase.failures());
     }
     ensure!(
         failures.count == 0,
@@ -137,12 +136,25 @@ impl Cast {
         })
     }
 
-    async fn scrapes(&self, options: &Options, proxy: Option<SocketAddr>) -> Result<Phase> {
+    async fn idle(&self, seconds: u64) -> Result<Phase> {
+        let nothing = async {
+            sleep(Duration::from_secs(seconds)).await;
+            Ok(None)
+        };
+        self.phase(None, nothing).await
+    }
+
+    async fn scrapes(
+        &self,
+        options: &Options,
+        proxy: Option<SocketAddr>,
+        intervals: u32,
+    ) -> Result<Phase> {
         let mut command = role("scraper", self.dir.path())?;
         command
             .args(sizes(options))
             .arg(format!("--interval={}", options.interval))
-            .arg(format!("--intervals={}", options.intervals));
+            .arg(format!("--intervals={intervals}"));
         if let Some(proxy) = proxy {
             command.arg(format!("--proxy={proxy}"));
         }
@@ -201,6 +213,16 @@ impl Cast {
     }
 }
 
+impl Phase {
+    fn failures(&self) -> Failures {
+        let mut all = self.asked.failures.clone();
+        if let Some(scraped) = &self.scraped {
+            all.extend(scraped.failures.clone());
+        }
+        all
+    }
+}
+
 /// This program in another role.
 fn role(name: &str, dir: &Path) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
@@ -245,62 +267,4 @@ fn proxy_server(dir: &Path, nodes: usize) -> Result<Hop> {
         access_log: true,
     };
     server.start(dir)
-}
-
-fn print(options: &Options, phases: &[&Phase; 3]) -> Result<()> {
-    println!();
-    println!(
-        "| {} nodes, {} and {} KiB each {} s | no scrapes | through Corvid | directly |",
-        options.nodes, options.exporter_kib, options.cadvisor_kib, options.interval
-    );
-    println!("| --- | --: | --: | --: |");
-    let row = |name: &str, value: &dyn Fn(&Phase) -> Result<Option<f64>>| -> Result<()> {
-        let mut line = format!("| {name} |");
-        for phase in phases {
-            match value(phase)? {
-                Some(value) => line += &format!(" {value:.2} |"),
-                None => line += " – |",
-            }
-        }
-        println!("{line}");
-        Ok(())
-    };
-    row("CPU of the proxy-server, s/s", &|p| Ok(Some(p.server)))?;
-    row("CPU of all agents, s/s", &|p| Ok(Some(p.agents)))?;
-    row("CPU of scraper, exporters and kubelets, s/s", &|p| {
-        Ok(Some(p.scraper + p.exporters))
-    })?;
-    row("scrapes/s", &|p| {
-        let count = |s: &Scraped| s.exporter.count() + s.cadvisor.count();
-        Ok(p.scraped.as_ref().map(|s| count(s) as f64 / p.seconds))
-    })?;
-    row("Mbit/s", &|p| {
-        let bytes = |s: &Scraped| s.bytes as f64 * 8e-6 / p.seconds;
-        Ok(p.scraped.as_ref().map(bytes))
-    })?;
-    for (share, name) in [(0.5, "p50"), (0.99, "p99"), (1.0, "longest")] {
-        row(&format!("a scrape of an exporter, {name}, ms"), &|p| {
-            let of = |s: &Scraped| s.exporter.quantile(share);
-            p.scraped.as_ref().map(of).transpose()
-        })?;
-        row(&format!("a scrape of a kubelet, {name}, ms"), &|p| {
-            let of = |s: &Scraped| s.cadvisor.quantile(share);
-            p.scraped.as_ref().map(of).transpose()
-        })?;
-    }
-    row("connections opened by the scraper meanwhile", &|p| {
-        Ok(p.scraped.as_ref().map(|s| s.opened as f64))
-    })?;
-    row("other requests/s", &|p| {
-        Ok(Some(p.asked.times.count() as f64 / p.seconds))
-    })?;
-    for (share, name) in [(0.5, "p50"), (0.99, "p99"), (1.0, "longest")] {
-        row(&format!("another request, {name}, ms"), &|p| {
-            p.asked.times.quantile(share).map(Some)
-        })?;
-    }
-    row("failed", &|p| {
-        let scrapes = p.scraped.as_ref().map_or(0, |s| s.failures.count);
-        Ok(Some((p.asked.failures.count + scrapes) as f64))
-    })
 }

@@ -111,12 +111,9 @@ impl Authority {
 
 async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, answers: Arc<Answers>) {
     let mut connections = JoinSet::new();
-    loop {
-        let accepted = listener.accept().await;
+    while let Ok((stream, _)) = listener.accept().await {
         while connections.try_join_next().is_some() {}
-        if let Ok((stream, _)) = accepted {
-            connections.spawn(connection(stream, tls.clone(), Arc::clone(&answers)));
-        }
+        connections.spawn(connection(stream, tls.clone(), Arc::clone(&answers)));
     }
 }
 

@@ -136,8 +136,7 @@ impl Scraper {
         let proxy = self
             .proxy
             .map(|proxy| anyhow::Ok((proxy, door::tls(&proxy_ca)?)));
-        let secret =
-            base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}"));
+        let secret = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}"));
         Ok(Shared {
             proxy: proxy.transpose()?,
             kubelets: door::tls(&self.dir.join("kubelets.crt"))?,
