@@ -7,6 +7,7 @@
     reason = "a wrong index ends a benchmark, and nothing else"
 )]
 
+mod hop;
 mod load;
 mod memory;
 mod scrapes;

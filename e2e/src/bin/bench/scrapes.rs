@@ -32,7 +32,8 @@ use times::Failures;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::tunnel::{Hop, Lines, Server, address, wait_for_backend, wait_for_sessions};
+use crate::hop::{Hop, Lines};
+use crate::tunnel::{Server, address, wait_for_backend, wait_for_sessions};
 
 /// The scraper's credentials.
 const USER: &str = "prometheus";
@@ -124,7 +125,7 @@ impl Cast {
         let server = proxy_server(d, options.nodes)?;
         let backend = wait_for_backend(d)?;
         let proxy = address(d, "requests: forward proxy", "listen=")?.parse()?;
-        let agents = Hop::start(role("agents", d)?.arg(format!("--server={backend}")))?;
+        let (agents, _) = Hop::talking(role("agents", d)?.arg(format!("--server={backend}")))?;
         wait_for_sessions(d, options.nodes)?;
         Ok(Self {
             server,
