@@ -34,9 +34,10 @@ check: ## format, lints, documentation, what must not be in the tree
 unit: ## units, golden bytes, conformance, whole apps on port 0
 	@cargo test --workspace --all-features --exclude e2e
 
-bins: ## the binaries that the lab, the cluster and the benchmark run; and the demo once
+bins: ## the binaries that the lab, the cluster and the benchmark run; the demo once, and twenty nodes scraped for some seconds
 	@cargo build --quiet --profile quick --workspace --all-features --bins
 	target/quick/demo --once
+	target/quick/bench --scrapes-only --nodes 20 --interval 1 --idle 1
 
 lab: bins ## network namespaces: NAT, cut lines, the same address twice (root)
 	@$(CARGO_TEST) --test lab

@@ -33,7 +33,7 @@ mod scrapers;
 mod steps;
 mod tunnel;
 
-pub use control_plane::Egress;
+pub use control_plane::{ADDRESS_TYPES, Egress};
 use control_plane::{ControlPlane, PUBLIC};
 pub use kubectl::Kubectl;
 use node::Node;
@@ -238,9 +238,18 @@ fn sweep() -> Result<()> {
 }
 
 /// Where `e2e/kubernetes/build.sh` puts the Kubernetes programs.
-fn tools() -> Result<PathBuf> {
+///
+/// # Errors
+/// When one of them is missing.
+pub fn tools() -> Result<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/bin");
-    for name in ["kube-apiserver", "kubectl", "kubelet", "metrics-server"] {
+    for name in [
+        "kube-apiserver",
+        "kubeadm",
+        "kubectl",
+        "kubelet",
+        "metrics-server",
+    ] {
         ensure!(
             dir.join(name).exists(),
             "no {name} in {}: run e2e/kubernetes/build.sh",

@@ -23,6 +23,9 @@ const READY: Duration = Duration::from_secs(120);
 /// connection to the name, and refuses loopback addresses and names that it does not find. What it finds is not used.
 const HOSTS: &str = "127.0.0.1 localhost\n192.168.1.10 edge1 edge2 ghost\n";
 
+/// Which of a node's addresses kube-apiserver dials. Two nodes have one address: only their names tell them apart.
+pub const ADDRESS_TYPES: &str = "Hostname,InternalIP";
+
 /// How kube-apiserver reaches what it calls `cluster`: kubelets, above all.
 #[derive(Clone, Debug)]
 pub enum Egress {
@@ -41,7 +44,8 @@ pub enum Egress {
 
 impl Egress {
     /// The EgressSelectorConfiguration.
-    fn config(&self) -> Value {
+    #[must_use]
+    pub fn config(&self) -> Value {
         let (protocol, transport) = match self {
             Self::Tls {
                 url,
@@ -169,11 +173,7 @@ impl ControlPlane {
             ("proxy-client-cert-file", path("kubelet-client.crt")),
             ("proxy-client-key-file", path("kubelet-client.key")),
             ("enable-aggregator-routing", "true".to_owned()),
-            // Two nodes have one address: only their names tell them apart.
-            (
-                "kubelet-preferred-address-types",
-                "Hostname,InternalIP".to_owned(),
-            ),
+            ("kubelet-preferred-address-types", ADDRESS_TYPES.to_owned()),
             ("egress-selector-config-file", file.display().to_string()),
             ("authorization-mode", "Node,RBAC".to_owned()),
             // No controllers run, so nobody makes service accounts.

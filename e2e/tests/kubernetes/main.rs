@@ -8,6 +8,7 @@ use anyhow::Result;
 use e2e::cluster::{Cluster, NODES, Steps, report};
 use tokio::time::Instant;
 
+mod documented;
 mod exec;
 mod faults;
 mod forward;

@@ -13,6 +13,7 @@ mod allow;
 mod api;
 mod cluster;
 mod connect;
+mod documented;
 mod drain;
 mod intercept;
 mod konnectivity;

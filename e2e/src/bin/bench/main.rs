@@ -1,14 +1,16 @@
 //! `make bench`: Corvid beside a plain TCP splice and a TLS splice, each of two hops in two processes, in one run on
 //! one machine. Rounds are interleaved and medians shown; the load and the target share the cores with what is measured,
-//! so ratios say more than figures.
+//! so ratios say more than figures. Then a thousand nodes are scraped beside other requests.
 #![expect(clippy::print_stdout, reason = "a table is the product")]
 #![expect(
     clippy::indexing_slicing,
     reason = "a wrong index ends a benchmark, and nothing else"
 )]
 
+mod hop;
 mod load;
 mod memory;
+mod scrapes;
 mod splice;
 mod table;
 mod tunnel;
@@ -30,6 +32,11 @@ struct Args {
     /// Sessions for the memory of an idle one.
     #[arg(long, default_value_t = 500)]
     sessions: usize,
+    #[command(flatten)]
+    scrapes: scrapes::Options,
+    /// Measures the scrapes alone.
+    #[arg(long)]
+    scrapes_only: bool,
 }
 
 /// What this program is when it starts itself.
@@ -38,6 +45,12 @@ enum Role {
     /// One hop: accepts and connects on, plain or with TLS on one side.
     #[command(hide = true)]
     Splice(splice::Splice),
+    #[command(hide = true)]
+    Exporters(scrapes::Exporters),
+    #[command(hide = true)]
+    Agents(scrapes::Agents),
+    #[command(hide = true)]
+    Scraper(scrapes::Scraper),
 }
 
 fn main() -> Result<()> {
@@ -47,11 +60,21 @@ fn main() -> Result<()> {
         .build()?;
     match args.role {
         Some(Role::Splice(splice)) => runtime.block_on(splice.run()),
+        Some(Role::Exporters(exporters)) => runtime.block_on(exporters.run()),
+        Some(Role::Agents(agents)) => runtime.block_on(agents.run()),
+        Some(Role::Scraper(scraper)) => runtime.block_on(Box::pin(scraper.run())),
         None => runtime.block_on(Box::pin(measure(&args))),
     }
 }
 
 async fn measure(args: &Args) -> Result<()> {
+    if !args.scrapes_only {
+        beside_splices(args).await?;
+    }
+    Box::pin(scrapes::measure(&args.scrapes)).await
+}
+
+async fn beside_splices(args: &Args) -> Result<()> {
     let target = load::Target::start().await?;
     let ways = [
         tunnel::Way::plain(target.address).await?,

@@ -17,7 +17,7 @@ use secrecy::ExposeSecret as _;
 use tokio::task::JoinSet;
 
 use crate::load::pinger;
-use crate::tunnel::{Way, server, wait_for_backend, wait_for_sessions};
+use crate::tunnel::{Server, Way, wait_for_backend, wait_for_sessions};
 
 /// Sessions before the first figure is taken.
 const WARM_UP: usize = 20;
@@ -56,10 +56,11 @@ pub(crate) async fn idle_streams(way: &Way, count: usize) -> Result<IdleStreams>
 
 pub(crate) async fn idle_sessions(count: usize) -> Result<IdleSessions> {
     let dir = tempfile::tempdir()?;
-    let hop = server(
-        dir.path(),
-        "limits: {sessionsPerSecond: 1000000, handshakes: 4096}",
-    )?;
+    let server = Server {
+        more: "limits: {sessionsPerSecond: 1000000, handshakes: 4096}",
+        ..Server::default()
+    };
+    let hop = server.start(dir.path())?;
     let backend = wait_for_backend(dir.path())?.parse()?;
     let trust_domain = TrustDomain::default();
     let now = Clock::system().now();
@@ -116,10 +117,19 @@ async fn session(
 
 /// What an enrolled agent of that name has.
 fn agent(issuer: &Issuer, name: &str) -> Result<Own> {
-    let clock = Clock::system();
+    Ok(Own {
+        credential: LiveCredential::new(credential(issuer, name)?),
+        bundle: LiveBundle::new(issuer.bundle().clone()),
+        clock: Clock::system(),
+        trust_domain: issuer.trust_domain().clone(),
+    })
+}
+
+/// An agent's credential as enrolment gives it.
+pub(crate) fn credential(issuer: &Issuer, name: &str) -> Result<Credential> {
     let key = Key::generate()?;
     let csr = Csr::check(&Csr::make(&key)?)?;
-    let issued = issuer.sign_agent(&Name::parse(name)?, &csr, clock.now())?;
+    let issued = issuer.sign_agent(&Name::parse(name)?, &csr, Clock::system().now())?;
     let mut chain = String::new();
     for certificate in issued.chain {
         let text = base64::engine::general_purpose::STANDARD.encode(certificate);
@@ -128,12 +138,9 @@ fn agent(issuer: &Issuer, name: &str) -> Result<Own> {
             "-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----"
         )?;
     }
-    let credential =
-        Credential::from_pem(chain.as_bytes(), key.to_pem().expose_secret().as_bytes())?;
-    Ok(Own {
-        credential: LiveCredential::new(credential),
-        bundle: LiveBundle::new(issuer.bundle().clone()),
-        clock,
-        trust_domain: issuer.trust_domain().clone(),
-    })
+    let key = key.to_pem();
+    Ok(Credential::from_pem(
+        chain.as_bytes(),
+        key.expose_secret().as_bytes(),
+    )?)
 }

@@ -1,9 +1,8 @@
 //! The three ways to the target, each as two child processes.
 
-use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,57 +10,7 @@ use e2e::lab::binary;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
 
-/// A process that ends with its handle.
-pub(crate) struct Hop(Child);
-
-impl Drop for Hop {
-    fn drop(&mut self) {
-        self.0.kill().ok(); // already gone is as good
-        self.0.wait().ok();
-    }
-}
-
-impl Hop {
-    pub(crate) fn start(command: &mut Command) -> Result<Self> {
-        Ok(Self(
-            command
-                .stdin(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .context("start a process")?,
-        ))
-    }
-
-    /// User and system time so far.
-    pub(crate) fn cpu(&self) -> Result<Duration> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id()))?;
-        let fields: Vec<&str> = stat
-            .rsplit(')')
-            .next()
-            .unwrap_or_default()
-            .split_whitespace()
-            .collect();
-        // proc(5): utime and stime are fields 14 and 15, the 12th and 13th behind the name; 100 ticks a second.
-        let ticks = |i: usize| {
-            fields
-                .get(i)
-                .and_then(|f| f.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        Ok(Duration::from_millis(10 * (ticks(11) + ticks(12))))
-    }
-
-    /// Resident memory, bytes.
-    pub(crate) fn rss(&self) -> Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmRSS:"))
-            .context("no VmRSS")?;
-        let kib: u64 = line.split_whitespace().nth(1).unwrap_or_default().parse()?;
-        Ok(kib << 10)
-    }
-}
+use crate::hop::Hop;
 
 enum Entry {
     Direct(SocketAddr),
@@ -84,23 +33,14 @@ pub(crate) enum Stream {
 }
 
 fn splice(to: SocketAddr, more: &[&str]) -> Result<(Hop, SocketAddr)> {
-    let mut child = Command::new(std::env::current_exe()?)
-        .arg("splice")
-        .arg(to.to_string())
-        .args(more)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut line = String::new();
-    let out = child.stdout.take().context("no output")?;
-    let hop = Hop(child);
-    BufReader::new(out).read_line(&mut line)?;
-    Ok((
-        hop,
-        line.trim()
-            .parse()
-            .context("where does the splice listen?")?,
-    ))
+    let (hop, mut lines) = Hop::talking(
+        Command::new(std::env::current_exe()?)
+            .arg("splice")
+            .arg(to.to_string())
+            .args(more),
+    )?;
+    let address = lines.next()?.parse();
+    Ok((hop, address.context("where does the splice listen?")?))
 }
 
 impl Way {
@@ -140,7 +80,7 @@ impl Way {
 
     pub(crate) async fn corvid(target: SocketAddr) -> Result<Self> {
         let dir = tempfile::tempdir()?;
-        let server = server(dir.path(), "")?;
+        let server = Server::default().start(dir.path())?;
         let backend = wait_for_backend(dir.path())?;
         let agent = agent(dir.path(), &backend, target.port())?;
         wait_for_sessions(dir.path(), 1)?;
@@ -194,37 +134,63 @@ impl Way {
     }
 }
 
-pub(crate) fn server(dir: &Path, more: &str) -> Result<Hop> {
-    let d = dir.display();
-    let config = dir.join("proxy-server.yaml");
-    let text = format!(
-        "stateDir: {d}/server\nname: bench\nbackend: {{listen: ['127.0.0.1:0']}}\n\
-         frontends: [{{type: httpConnect, listen: 'unix:{d}/connect.sock'}}]\nobserve: {{listen: '127.0.0.1:0'}}\n\
-         admin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\nlog: {{level: 'warn,proxy_server=info'}}\n{more}\n"
-    );
-    std::fs::write(&config, text)?;
-    let log = std::fs::File::create(dir.join("server.log"))?;
-    let child = Command::new(binary("proxy-server")?)
-        .arg("run")
-        .arg("--config")
-        .arg(config)
-        .stdin(Stdio::null())
-        .stderr(log)
-        .spawn()?;
-    Ok(Hop(child))
+/// What differs from server to server.
+#[derive(Default)]
+pub(crate) struct Server<'a> {
+    /// Frontends beside the one at the Unix socket, as YAML.
+    pub(crate) frontends: &'a [&'a str],
+    /// Other keys, as YAML.
+    pub(crate) more: &'a str,
+    /// Also the access log, as in a configuration that says nothing of it.
+    pub(crate) access_log: bool,
+}
+
+impl Server<'_> {
+    pub(crate) fn start(&self, dir: &Path) -> Result<Hop> {
+        let d = dir.display();
+        let config = dir.join("proxy-server.yaml");
+        let connect = format!("{{type: httpConnect, listen: 'unix:{d}/connect.sock'}}");
+        let frontends = [&[connect.as_str()], self.frontends].concat().join(", ");
+        let level = match self.access_log {
+            true => "info",
+            false => "warn,proxy_server=info",
+        };
+        let text = format!(
+            "stateDir: {d}/server\nname: bench\nbackend: {{listen: ['127.0.0.1:0']}}\n\
+             frontends: [{frontends}]\nobserve: {{listen: '127.0.0.1:0'}}\n\
+             admin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\nlog: {{level: '{level}'}}\n{}\n",
+            self.more
+        );
+        std::fs::write(&config, text)?;
+        let log = std::fs::File::create(dir.join("server.log"))?;
+        let child = Command::new(binary("proxy-server")?)
+            .arg("run")
+            .arg("--config")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()?;
+        Ok(Hop::of(child))
+    }
 }
 
 fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
     e2e::wait::poll(Duration::from_secs(30), what, || probe().ok_or("not yet"))
 }
 
-/// Where agents come in, read from the server's log.
+/// Where agents come in.
 pub(crate) fn wait_for_backend(dir: &Path) -> Result<String> {
+    address(dir, "agents: QUIC on udp", "address=")
+}
+
+/// An address from the line of the server's log that says so, once the server is up.
+pub(crate) fn address(dir: &Path, line: &str, field: &str) -> Result<String> {
     let log = dir.join("server.log");
     until("the server is up", || {
         let text = std::fs::read_to_string(&log).ok()?;
         text.lines().find(|line| line.ends_with(" ready"))?;
-        let at = text.split("address=").nth(1)?.split_whitespace().next()?;
+        let said = text.lines().find(|logged| logged.contains(line))?;
+        let at = said.split(field).nth(1)?.split_whitespace().next()?;
         Some(at.trim_start_matches("tcp:").to_owned())
     })
 }
