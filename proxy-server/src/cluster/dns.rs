@@ -13,7 +13,7 @@
 //!
 //! | failure (metric label) | what happens |
 //! | --- | --- |
-//! | `conflict`: somebody else wrote in between | all is read again within a second |
+//! | `conflict`: somebody else wrote in between | all is read again at the next look |
 //! | `missing`: the namespace of the map does not exist | said; tried again with back-off up to five `retryPeriod`s, as in all rows below |
 //! | `refused`: 401, 403, an immutable map, the key in `binaryData` | said, with kube-apiserver's words |
 //! | `unavailable`: no answer in time, 429, 5xx, can't be reached | said; the map stays as it is, and is caught up with later |
@@ -226,6 +226,7 @@ impl Publisher {
                 dns: settings.dns.clone()?,
                 times: settings.lease,
                 identity,
+                said: None,
             },
         })
     }
@@ -252,6 +253,8 @@ struct Writer {
     dns: Dns,
     times: LeaseTimes,
     identity: String,
+    /// The text that the map was last seen to have, in this leadership.
+    said: Option<String>,
 }
 
 /// What became of a round.
@@ -273,7 +276,7 @@ impl Writer {
                 if last.take().is_some() || failures > 0 {
                     self.published.not_ours();
                 }
-                failures = 0;
+                (failures, self.said) = (0, None);
                 continue;
             }
             let now = Instant::now();
@@ -326,7 +329,10 @@ impl Writer {
             return Ok(Round::NotOurs);
         };
         match plan {
-            Plan::Keep => return Ok(Round::Good(names)),
+            Plan::Keep => {
+                self.said = Some(text);
+                return Ok(Round::Good(names));
+            }
             Plan::Create(map) => {
                 let params = PostParams {
                     field_manager: Some(FIELD_MANAGER.to_owned()),
@@ -344,7 +350,12 @@ impl Writer {
             }
         }
         self.published.wrote("ok");
-        tracing::info!(%map, names, "the DNS map was written");
+        if self.said.as_ref() == Some(&text) {
+            tracing::warn!(%map, names, "somebody else had changed the DNS map; it was written again");
+        } else {
+            tracing::info!(%map, names, "the DNS map was written");
+        }
+        self.said = Some(text);
         Ok(Round::Good(names))
     }
 
@@ -399,6 +410,7 @@ impl Writer {
 
 /// The pause after so many failures in a row: random below a ceiling that doubles up to `most`.
 fn pause(failures: u32, most: Duration) -> Duration {
-    let ceiling = GATHER.saturating_mul(1 << failures.min(10)).min(most);
+    let doubled = 1 << failures.saturating_sub(1).min(10);
+    let ceiling = GATHER.saturating_mul(doubled).min(most);
     ceiling.mul_f64(f64::midpoint(rand::random(), 1.0))
 }

@@ -73,8 +73,10 @@ pub struct DnsStatus {
     pub names: Option<usize>,
     /// Seconds since this server last saw it to be as it should.
     pub age_s: Option<u64>,
-    /// Why it is not as it should be, or why it is not known who writes it.
+    /// Why it is not as it should be.
     pub failure: Option<String>,
+    /// Why it is not known who writes it.
+    pub lease_failure: Option<String>,
 }
 
 /// Every node that is known, by name: those of the configuration, of the cluster, and agents that are neither.
@@ -171,7 +173,8 @@ fn dns(published: &Published) -> DnsStatus {
         leader: standing.holder,
         names: state.good.map(|_at| state.names),
         age_s: state.good.map(|at| at.elapsed().as_secs()),
-        failure: state.failure.or(standing.failure),
+        failure: state.failure,
+        lease_failure: standing.failure,
     }
 }
 
@@ -186,10 +189,12 @@ impl DnsStatus {
             }
             (true, _, None) => format!("dns: this server writes {map}; not done yet\n"),
             (false, Some(leader), _) => format!("dns: {leader} writes {map}\n"),
-            (false, None, _) => format!("dns: nobody writes {map} yet\n"),
+            (false, None, _) => format!("dns: nobody is known to write {map}\n"),
         };
-        if let Some(failure) = &self.failure {
-            writeln!(out, "dns: {failure}").ok(); // writing to a string can't fail
+        for (what, failure) in [("dns", &self.failure), ("lease", &self.lease_failure)] {
+            if let Some(failure) = failure {
+                writeln!(out, "{what}: {failure}").ok(); // writing to a string can't fail
+            }
         }
         out
     }

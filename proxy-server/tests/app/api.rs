@@ -18,6 +18,7 @@ use hyper::body::{Frame, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use objects::{Door, Objects, Write};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -26,7 +27,7 @@ use tokio::task::JoinSet;
 
 // Named, as the lab has this file too.
 #[path = "api/objects.rs"]
-mod objects;
+pub(crate) mod objects;
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -48,15 +49,20 @@ struct State {
     nodes: BTreeMap<String, Value>,
     log: Vec<(u64, Value)>,
     mood: Mood,
-    /// Requests, as `list`, `list+` (a further page), `watch`, and of other objects `get`, `create` and `write`.
+    /// Requests for nodes, as `list`, `list+` (a further page) and `watch`.
     seen: Vec<&'static str>,
-    /// Other objects, by path.
-    objects: BTreeMap<String, Value>,
+    objects: Objects,
+    /// Writes of other objects.
+    writes: Vec<Write>,
+    /// Requests for other objects, by their door.
+    asked: Vec<(usize, String)>,
+    doors: usize,
 }
 
-/// The API. Dropping it cuts all its connections.
+/// The API, or another door to it. Dropping it cuts all its connections.
 pub(crate) struct Api {
     state: Arc<Mutex<State>>,
+    door: Arc<Door>,
     changed: watch::Sender<()>,
     address: SocketAddr,
     server: Option<JoinSet<()>>,
@@ -71,11 +77,33 @@ impl Api {
             log: Vec::new(),
             mood: Mood::Well,
             seen: Vec::new(),
-            objects: BTreeMap::new(),
+            objects: Objects::new(),
+            writes: Vec::new(),
+            asked: Vec::new(),
+            doors: 0,
         };
         let mut api = Self {
             state: Arc::new(Mutex::new(state)),
+            door: Arc::new(Door::new(0)),
             changed: watch::Sender::new(()),
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            server: None,
+        };
+        api.up().await;
+        api
+    }
+
+    /// Another door to the same API, at a port of its own: what happens to requests here does not happen there.
+    pub(crate) async fn another_door(&self) -> Self {
+        let number = {
+            let mut state = self.state.lock();
+            state.doors += 1;
+            state.doors
+        };
+        let mut api = Self {
+            state: Arc::clone(&self.state),
+            door: Arc::new(Door::new(number)),
+            changed: self.changed.clone(),
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
             server: None,
         };
@@ -87,20 +115,23 @@ impl Api {
     pub(crate) async fn up(&mut self) {
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
-        let (state, changed) = (Arc::clone(&self.state), self.changed.clone());
+        let shared = (
+            Arc::clone(&self.state),
+            self.changed.clone(),
+            Arc::clone(&self.door),
+        );
         let mut server = JoinSet::new();
         server.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                let (state, changed) = (Arc::clone(&state), changed.clone());
+                let (state, changed, door) = shared.clone();
                 connections.spawn(async move {
                     let serve = service_fn(|request: Request<Incoming>| {
-                        let (state, changed) = (Arc::clone(&state), changed.clone());
+                        let (state, changed, door) = (&state, &changed, &door);
                         async move {
-                            Ok::<_, Infallible>(if request.uri().path() == "/api/v1/nodes" {
-                                answer(&state, &changed, &request)
-                            } else {
-                                objects::answer(&state, request).await
+                            Ok::<_, Infallible>(match request.uri().path() {
+                                "/api/v1/nodes" => answer(state, changed, &request),
+                                _ => objects::answer(state, door, request).await,
                             })
                         }
                     });
@@ -268,12 +299,7 @@ fn answer(
 }
 
 fn status(code: u16) -> Response<Body> {
-    let reason = match code {
-        404 => "NotFound",
-        409 => "Conflict",
-        410 => "Expired",
-        _ => "Other",
-    };
+    let reason = if code == 410 { "Expired" } else { "Other" };
     let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": format!("said with {code}"), "reason": reason, "code": code});
     whole(StatusCode::from_u16(code).unwrap(), &status)
 }

@@ -106,122 +106,187 @@ fn is_host_name(name: &str) -> bool {
 mod tests {
     use std::sync::Arc;
 
-    use proto::Reason;
-    use serde_json::json;
+    use proptest::prelude::*;
+    use proto::{AgentName, Destination, Host};
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::cluster::nodes::tests::{node, trim};
-    use crate::config::Kubernetes;
+    use crate::config::{Kubernetes, RouteEntry};
+    use crate::route::RouteTable;
 
-    #[test]
-    fn edge_names_point_to_us_and_cloud_names_to_their_nodes() {
-        let all = [
-            node(
-                "edge1",
-                json!({}),
-                json!({}),
-                &[
-                    ("InternalIP", "192.168.1.10"),
-                    ("InternalDNS", "edge1.site"),
-                    ("Hostname", "box-7"),
-                ],
-            ),
-            node(
-                "edge2",
-                json!({}),
-                json!({}),
-                &[
-                    ("InternalIP", "192.168.1.10"),
-                    ("Hostname", "edge1"),
-                    ("InternalDNS", "registry.example"),
-                    ("InternalDNS", "a.lan"),
-                ],
-            ),
-            node(
-                "cloud1",
-                json!({}),
-                json!({}),
-                &[
-                    ("ExternalIP", "203.0.113.9"),
-                    ("InternalIP", "fd00::9"),
-                    ("InternalIP", "10.0.0.9"),
-                    ("InternalIP", "10.0.0.10"),
-                    ("Hostname", "twin"),
-                ],
-            ),
-            node(
-                "cloud2",
-                json!({}),
-                json!({}),
-                &[("ExternalIP", "203.0.113.8"), ("Hostname", "twin")],
-            ),
-            node("cloud3", json!({}), json!({}), &[]),
-            node(
-                "10.0.0.7",
-                json!({}),
-                json!({}),
-                &[("InternalIP", "10.0.0.7")],
-            ),
-            node(
-                "shared",
-                json!({}),
-                json!({}),
-                &[("InternalIP", "10.0.0.11")],
-            ),
-        ];
+    fn table(nodes: impl IntoIterator<Item = Value>) -> ClusterTable {
         let settings = Kubernetes::default();
-        let nodes = all.into_iter().filter_map(|node| trim(node, &settings));
-        let table = ClusterTable::new(
-            nodes
-                .map(|node| (node.name.clone(), Arc::new(node)))
-                .collect(),
-        );
-        let route = |name: &str| match name {
-            "shared" => Err(Refusal::about(name, Reason::AmbiguousDestination)),
-            name if name.starts_with("edge")
-                || name.starts_with("box")
-                || name.ends_with(".lan") =>
-            {
-                Ok(Route::Edge {
-                    agent: "edge1".parse().unwrap(),
-                    node: name.to_owned(),
-                    dialled: None,
-                })
-            }
-            _ => Ok(Route::Elsewhere),
-        };
-        let ours = ["10.96.0.50", "fd96::50"]
-            .map(|ip| ip.parse().unwrap())
-            .into();
-        let file = hosts(&table, &ours, &["lan".to_owned()], route);
-        let wanted = "\
-            10.96.0.50\ta.lan\nfd96::50\ta.lan\n\
-            10.96.0.50\tbox-7\nfd96::50\tbox-7\n\
-            10.0.0.9\tcloud1\nfd00::9\tcloud1\n\
-            203.0.113.8\tcloud2\n\
-            10.96.0.50\tedge1\nfd96::50\tedge1\n\
-            10.96.0.50\tedge1.site\nfd96::50\tedge1.site\n\
-            10.96.0.50\tedge2\nfd96::50\tedge2\n";
-        assert_eq!(file.text, wanted);
-        assert_eq!(file.names, 7);
+        let nodes = nodes.into_iter().filter_map(|node| trim(node, &settings));
+        let nodes = nodes.map(|node| (node.name.clone(), Arc::new(node)));
+        ClusterTable::new(nodes.collect())
+    }
+
+    fn edge(name: &str, addresses: &[(&str, &str)]) -> Value {
+        node(
+            name,
+            json!({"openyurt.io/is-edge-worker": "true"}),
+            json!({}),
+            addresses,
+        )
+    }
+
+    fn cloud(name: &str, addresses: &[(&str, &str)]) -> Value {
+        node(name, json!({}), json!({}), addresses)
+    }
+
+    /// As the server routes: agent `joined` is known, and `routes` has `configured`.
+    fn made(table: &ClusterTable, ours: &[&str], domains: &[&str]) -> Hosts {
+        let routes = RouteTable::new(&[RouteEntry {
+            node: "configured".into(),
+            agent: None,
+            addresses: Vec::new(),
+        }]);
+        let ours = ours.iter().map(|ip| ip.parse().unwrap()).collect();
+        let domains: Vec<_> = domains.iter().map(|domain| (*domain).to_owned()).collect();
+        let known = |agent: &AgentName| agent.as_str() == "joined";
+        hosts(table, &ours, &domains, |name| {
+            let host = Host::Name(name.to_owned());
+            routes.route(&Destination { host, port: 1 }, table, known)
+        })
     }
 
     #[test]
-    fn what_is_no_name_of_a_host_gets_no_line() {
-        for bad in [
-            "",
-            "A",
-            "a b",
-            "a\nb",
-            "a\t10.0.0.1",
-            "#a",
-            "-a",
-            "a..b",
-            "10.0.0.1",
-            "::1",
-        ] {
-            assert!(!is_host_name(bad), "{bad:?}");
+    fn edges_point_to_us_and_clouds_to_themselves() {
+        let table = table([
+            edge(
+                "edge2",
+                &[("InternalIP", "192.168.1.10"), ("Hostname", "edge2")],
+            ),
+            edge("edge1", &[("InternalIP", "192.168.1.10")]),
+            edge("nowhere", &[]),
+            cloud("joined", &[("InternalIP", "10.0.0.9")]),
+            cloud("configured", &[("InternalIP", "10.0.0.8")]),
+            cloud(
+                "cloud1",
+                &[
+                    ("ExternalIP", "203.0.113.1"),
+                    ("ExternalIP", "2001:db8::1"),
+                    ("InternalIP", "10.0.0.1"),
+                    ("InternalIP", "10.0.0.2"),
+                ],
+            ),
+            cloud(
+                "cloud2",
+                &[("InternalIP", "fd00::2"), ("InternalIP", "10.0.0.3")],
+            ),
+            cloud("outside", &[("ExternalIP", "203.0.113.7")]),
+            cloud("cn-hangzhou.192.168.0.5", &[("InternalIP", "192.168.0.5")]),
+            cloud("without", &[]),
+        ]);
+        let made = made(&table, &["10.96.0.50"], &[]);
+        let wanted = "10.0.0.1\tcloud1\n10.0.0.3\tcloud2\nfd00::2\tcloud2\n192.168.0.5\tcn-hangzhou.192.168.0.5\n\
+                      10.96.0.50\tconfigured\n10.96.0.50\tedge1\n10.96.0.50\tedge2\n10.96.0.50\tjoined\n10.96.0.50\tnowhere\n\
+                      203.0.113.7\toutside\n";
+        assert_eq!((made.text.as_str(), made.names), (wanted, 9));
+    }
+
+    #[test]
+    fn each_family_of_ours_has_its_line() {
+        let table = table([edge("edge1", &[])]);
+        let made = made(&table, &["fd00::50", "10.96.0.50", "10.96.0.51"], &[]);
+        assert_eq!(
+            made.text,
+            "10.96.0.50\tedge1\n10.96.0.51\tedge1\nfd00::50\tedge1\n"
+        );
+        assert_eq!(made.names, 1);
+    }
+
+    #[test]
+    fn further_names_count_where_nobody_else_could_be_meant() {
+        let table = table([
+            edge(
+                "edge1",
+                &[
+                    ("Hostname", "machine-7"),
+                    ("InternalDNS", "edge1.site.example"),
+                    ("InternalDNS", "press.factory.example"),
+                    // What is somebody else's, or could be.
+                    ("Hostname", "cloud1"),
+                    ("Hostname", "twins"),
+                    ("InternalDNS", "www.bank.example"),
+                    ("InternalDNS", "edge1x.site.example"),
+                    ("InternalDNS", "factory.example"),
+                    ("InternalDNS", "edge1.default.svc"),
+                    ("Hostname", "under_score"),
+                ],
+            ),
+            cloud(
+                "cloud1",
+                &[
+                    ("InternalIP", "10.0.0.1"),
+                    ("Hostname", "twins"),
+                    ("Hostname", "of-two-clouds"),
+                    ("Hostname", "machine-8"),
+                ],
+            ),
+            cloud(
+                "cloud2",
+                &[("InternalIP", "10.0.0.2"), ("Hostname", "of-two-clouds")],
+            ),
+        ]);
+        let made = made(&table, &["10.96.0.50"], &["factory.example"]);
+        let wanted = "10.0.0.1\tcloud1\n10.0.0.2\tcloud2\n10.96.0.50\tedge1\n10.96.0.50\tedge1.site.example\n\
+                      10.96.0.50\tmachine-7\n10.0.0.1\tmachine-8\n10.96.0.50\tpress.factory.example\n";
+        assert_eq!(made.text, wanted);
+    }
+
+    #[test]
+    fn what_is_no_host_name_stays_out() {
+        let agent = |name: &str| node(name, json!({}), json!({"corvid.io/agent": "site"}), &[]);
+        let long = format!("{}.{}", "a".repeat(63), "b".repeat(63));
+        let names = [
+            "10.0.0.7", "fd00::7", "a b", "a\tb", "a\nb", "a#b", "", ".", "a.", ".a", "a..b", "-a",
+            "a-", "A", "a_b", "ä",
+        ];
+        let longer = [format!("{}.c", "a".repeat(64)), format!("{long}.{long}")];
+        let bad = names
+            .iter()
+            .map(|name| agent(name))
+            .chain(longer.iter().map(|name| agent(name)));
+        let table = table(bad.chain([agent(&long)]));
+        assert!(
+            table.nodes().len() > 10,
+            "nodes may have such names as far as we know"
+        );
+        assert_eq!(
+            made(&table, &["10.96.0.50"], &[]).text,
+            format!("10.96.0.50\t{long}\n")
+        );
+    }
+
+    proptest! {
+        /// Whatever kubelets write: each line is an address, a tab and a name; names are sorted; a node's own name leads to us
+        /// or to one of its own addresses.
+        #[test]
+        fn a_node_can_not_take_the_name_of_another(
+            nodes in proptest::collection::vec((0_u8..6, any::<bool>(), "[a-c0#_.\t\n -]{0,6}", 0_u8..4), 0..10),
+        ) {
+            let made_of = nodes.iter().map(|(i, edge, alias, address)| {
+                let labels = if *edge { json!({"openyurt.io/is-edge-worker": "true"}) } else { json!({}) };
+                let address = format!("10.0.0.{address}");
+                node(&format!("n{i}"), labels, json!({}), &[("InternalIP", &address), ("Hostname", alias), ("InternalDNS", &format!("n{}", i + 1))])
+            });
+            let table = table(made_of);
+            let made = made(&table, &["10.96.0.50"], &[]);
+            let lines: Vec<_> = made.text.lines().map(|line| line.split_once('\t').unwrap()).collect();
+            prop_assert!(lines.is_sorted_by_key(|(_, name)| *name));
+            for (address, name) in &lines {
+                let address: IpAddr = address.parse().unwrap();
+                prop_assert!(is_host_name(name), "{name:?}");
+                if let Some(node) = table.nodes().get(*name) {
+                    let ours = address.to_string() == "10.96.0.50";
+                    let right = (node.edge && ours) || (!node.edge && node.addresses.contains(&address));
+                    prop_assert!(right, "{address} {name}");
+                }
+            }
+            let own = |node: &&Arc<Node>| lines.iter().any(|(_, name)| *name == node.name);
+            prop_assert_eq!(table.nodes().values().filter(own).count(), table.nodes().len());
         }
-        assert!(is_host_name("cn-hangzhou.10.0.0.1") && is_host_name("edge1"));
     }
 }
