@@ -140,10 +140,32 @@ impl Forwarder {
         request: Request,
         gone: impl Future<Output = ()> + Send,
     ) -> Result<Opened, Refusal> {
+        self.open_by(request, None, gone).await
+    }
+
+    /// As [`Forwarder::open`], for a request that [`Forwarder::admit`] routed before.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_on(
+        self: &Arc<Self>,
+        request: Request,
+        route: Route,
+        gone: impl Future<Output = ()> + Send,
+    ) -> Result<Opened, Refusal> {
+        self.open_by(request, Some(route), gone).await
+    }
+
+    async fn open_by(
+        self: &Arc<Self>,
+        request: Request,
+        routed: Option<Route>,
+        gone: impl Future<Output = ()> + Send,
+    ) -> Result<Opened, Refusal> {
         let mut record = StreamRecord::new(&self.metrics, &request);
         let opened = tokio::select! {
             biased;
-            opened = self.try_open(&request, &mut record) => opened,
+            opened = self.try_open(&request, routed, &mut record) => opened,
             () = gone => Err(Refusal::about(&request.destination, Reason::Cancelled)),
         };
         match opened {
@@ -210,6 +232,7 @@ impl Forwarder {
     async fn try_open(
         &self,
         request: &Request,
+        routed: Option<Route>,
         record: &mut StreamRecord,
     ) -> Result<(Halves, Bytes, OwnedSemaphorePermit), Refusal> {
         let destination = &request.destination;
@@ -217,13 +240,18 @@ impl Forwarder {
         let overloaded = |reason| Refusal::about("proxy-server", reason);
         let permit = self.limits.stream().map_err(overloaded)?;
         let _pending = self.limits.pending_dial().map_err(overloaded)?;
-        match self.admit(request, &mut record.node)? {
+        let route = match routed {
+            Some(route) => route,
+            None => self.admit(request, &mut record.node)?,
+        };
+        match route {
             Route::Edge {
                 agent,
                 node,
                 dialled,
             } => {
                 record.path = Path::Tunnel;
+                record.node.clone_from(&node);
                 let host = dialled.unwrap_or_else(|| destination.host.clone());
                 let dialled = Destination {
                     host,

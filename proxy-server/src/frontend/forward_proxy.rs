@@ -7,6 +7,7 @@
 mod body;
 mod discovery;
 mod pool;
+mod way;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 pub use pool::Pool;
 use proto::{Destination, Reason, RelayEnd};
 use tokio::time::timeout;
+use way::Way;
 
 use super::credentials::Credentials;
 use super::policy::{Policy, Requester, Who};
@@ -222,20 +224,23 @@ impl ForwardProxy {
         };
         let wanted = self.wanted(requester, destination);
         let mut record = RequestRecord::new(&wanted, uri.path());
-        // A kept connection may be there already, opened for somebody else: who may ask is decided for each request.
-        if let Err(refusal) = self.forwarder.admit(&wanted, &mut record.node) {
-            let outcome = Outcome::Failed(refusal.reason);
-            self.forwarder.metrics.stream(NAME, Path::None, outcome);
-            record.end(outcome, &refusal.sentence);
-            return Err(refusal);
-        }
+        // A kept connection may be there already, opened for somebody else: who may ask is decided for each request, and
+        // where it goes too.
+        let way = match self.way(&wanted, &mut record.node) {
+            Ok(way) => way,
+            Err(refusal) => {
+                let outcome = Outcome::Failed(refusal.reason);
+                self.forwarder.metrics.stream(NAME, Path::None, outcome);
+                record.end(outcome, &refusal.sentence);
+                return Err(refusal);
+            }
+        };
         strip_hop_by_hop(request.headers_mut());
+        say_host(&mut request);
         *request.version_mut() = http::Version::HTTP_11;
         let moved = Arc::clone(&record.to_edge);
-        let answered = self
-            .pool
-            .send(request.map(|body| Sent { body, moved }))
-            .await;
+        let request = request.map(|body| Sent { body, moved });
+        let answered = self.pool.send(request, &way).await;
         if let Err(refusal) = &answered {
             record.end(Outcome::Failed(refusal.reason), &refusal.sentence);
         }
@@ -244,6 +249,12 @@ impl ForwardProxy {
         strip_hop_by_hop(&mut head.headers);
         let body = Answered { body, record };
         Ok(Response::from_parts(head, body.boxed()))
+    }
+
+    fn way(&self, wanted: &Request, node: &mut String) -> Result<Way, Refusal> {
+        let route = self.forwarder.admit(wanted, node)?;
+        let nowhere = || Refusal::about(&wanted.destination, Reason::UnknownDestination);
+        Way::new(route, &wanted.destination).ok_or_else(nowhere)
     }
 
     fn wanted(&self, requester: Requester, destination: Destination) -> Request {
@@ -274,6 +285,16 @@ fn destination(authority: Option<&str>, default_port: Option<u16>) -> Result<Des
         reason: Reason::BadRequest,
         sentence: format!("{text:?}: {error}"),
     })
+}
+
+/// What was asked for is the `Host`, whatever was sent as such (RFC 9112 section 3.2.2).
+fn say_host<B>(request: &mut HttpRequest<B>) {
+    let authority = request.uri().authority().map(http::uri::Authority::as_str);
+    let asked = authority.unwrap_or_default();
+    let asked = asked.rsplit_once('@').map_or(asked, |(_, host)| host);
+    if let Ok(host) = HeaderValue::from_str(asked) {
+        request.headers_mut().insert(header::HOST, host);
+    }
 }
 
 /// Fields that are for the next hop only (RFC 9110 section 7.6.1), the proxy's credentials among them.

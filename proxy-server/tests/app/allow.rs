@@ -13,7 +13,9 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 
 use crate::scrape::{BASIC, anonymous, exporter};
-use crate::stack::{Stack, allow, configuration_of, echo, rewrite, status_line, text, tls, within};
+use crate::stack::{
+    Stack, allow, configuration_of, echo, reloaded, rewrite, status_line, text, tls, within,
+};
 
 /// How a requester comes.
 #[derive(Debug, Clone, Copy)]
@@ -259,19 +261,6 @@ async fn new_rules_are_for_new_requests_and_touch_no_stream() {
     assert_eq!(stack.registry.all()[0].id, session);
     drop(open);
     stack.stop().await;
-}
-
-async fn reloaded(stack: &Stack, times: f64) {
-    let counted = async {
-        while stack
-            .metric("corvid_config_reloads_total{result=\"ok\"}")
-            .await
-            < times
-        {
-            tokio::task::yield_now().await;
-        }
-    };
-    within(counted).await;
 }
 
 /// The access log of every test of this process.

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
 use crate::api::{Api, Mood};
-use crate::scrape::{BASIC, ask};
+use crate::scrape::{BASIC, ask, exporter};
 use crate::stack::{DEADLINE, Stack, allow, shouter, within};
 
 /// A node at the edge, as a kubelet writes it.
@@ -453,6 +453,37 @@ async fn nodes_are_shown_and_discovered() {
         "__meta_corvid_ready": "false", "node": "edge2", "pool": "hz", "region": "r1",
     });
     assert_eq!(groups[1]["labels"], wanted);
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_connection_is_not_used_once_its_nodes_name_is_anothers() {
+    let api = Api::start().await;
+    api.put(edge("edge1", &["one.site"]));
+    let mut stack = start(&api, "");
+    let mut tasks = JoinSet::new();
+    let port = exporter(&mut tasks).await;
+    stack.agent("edge1", &allow(&[port]));
+    stack.agent("edge2", "");
+    for agent in ["edge1", "edge2"] {
+        stack.sessions(agent, 1).await;
+    }
+    let request = format!(
+        "GET http://one.site:{port}/metrics HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n\r\n"
+    );
+    is_told(&stack, &format!("one.site:{port}"), "200").await;
+    let (line, kept) = ask(&stack, &request).await;
+    assert!(line.starts_with("HTTP/1.1 200"), "{line}");
+    assert_eq!(ask(&stack, &request).await, (line, kept));
+    // The node is deleted, and another one is given its name in the site's DNS.
+    api.delete("edge1");
+    api.put(edge("edge2", &["one.site"]));
+    is_told(&stack, "one.site:1", "403 node edge2").await;
+    let (line, _) = ask(&stack, &request).await;
+    assert!(
+        line.starts_with("HTTP/1.1 403 node edge2: the agent's allow-list"),
+        "{line}"
+    );
     stack.stop().await;
 }
 

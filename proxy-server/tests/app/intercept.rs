@@ -18,8 +18,8 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::stack::{
-    Stack, allow, configuration, descriptors, echo, eventually, rewrite, shouter, status_line,
-    text, within,
+    Stack, allow, configuration, descriptors, echo, eventually, pair, rewrite, shouter,
+    status_line, text, within,
 };
 
 /// Where the intercepting frontend stands in the configuration.
@@ -101,17 +101,6 @@ fn kubelet(tasks: &mut JoinSet<()>, listener: TcpListener, ca: &TestCa, name: &'
             });
         }
     });
-}
-
-/// Two listeners with one port, at two addresses.
-async fn pair() -> (TcpListener, TcpListener, u16) {
-    loop {
-        let one = TcpListener::bind("127.0.0.2:0").await.unwrap();
-        let port = one.local_addr().unwrap().port();
-        if let Ok(two) = TcpListener::bind(("127.0.0.3", port)).await {
-            return (one, two, port);
-        }
-    }
 }
 
 /// Nodes of two agents, each at an address of its own, so that both can be here.

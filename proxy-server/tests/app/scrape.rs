@@ -1,15 +1,32 @@
 //! The forward proxy for scrapers.
 
+use proto::transport::Session as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::stack::{Stack, allow, shouter, status_line, tls, within};
+use crate::stack::{
+    Stack, allow, eventually, pair, reloaded, rewrite, shouter, status_line, text, tls, within,
+};
 
 /// An exporter that counts its connections and serves keep-alive HTTP.
 pub(crate) async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
+    let say = |number, seen: &str| {
+        let leaked = seen.to_ascii_lowercase().contains("proxy-authorization");
+        format!("connection {number} leaked {leaked}\n")
+    };
+    exporter_on(tasks, listener, say);
+    port
+}
+
+/// One that says to the request over the connection of that number what it is told to say.
+fn exporter_on(
+    tasks: &mut JoinSet<()>,
+    listener: TcpListener,
+    say: impl Fn(u32, &str) -> String + Copy + Send + Sync + 'static,
+) {
     tasks.spawn(async move {
         let mut connections = JoinSet::new();
         let mut number = 0;
@@ -22,15 +39,13 @@ pub(crate) async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
                         continue;
                     }
                     let seen = String::from_utf8(std::mem::take(&mut buffer)).unwrap();
-                    let leaked = seen.to_ascii_lowercase().contains("proxy-authorization");
-                    let body = format!("connection {number} leaked {leaked}\n");
+                    let body = say(number, &seen);
                     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
                     stream.write_all((head + &body).as_bytes()).await.unwrap();
                 }
             });
         }
     });
-    port
 }
 
 pub(crate) async fn ask(stack: &Stack, request: &str) -> (String, String) {
@@ -89,6 +104,137 @@ async fn plain_exporters_are_scraped_over_kept_connections() {
             body, "connection 1 leaked false\n",
             "the pool keeps one connection"
         );
+    }
+    stack.stop().await;
+}
+
+/// What the exporter that is called so says at its address.
+async fn scrape(stack: &Stack, to: &str) -> String {
+    // Prometheus sends the Host of the target; what is asked for counts.
+    let request = format!(
+        "GET http://{to}/metrics HTTP/1.1\r\nHost: other\r\n{BASIC}\r\nConnection: close\r\n\r\n"
+    );
+    let (line, body) = ask(stack, &request).await;
+    if line.starts_with("HTTP/1.1 200") {
+        body
+    } else {
+        line
+    }
+}
+
+/// Two exporters with one port, at the addresses of two agents' nodes.
+async fn two_exporters(edge: &mut JoinSet<()>) -> u16 {
+    let (one, two, port) = pair().await;
+    let host = |seen: &str| {
+        seen.lines()
+            .find(|line| line.starts_with("host: "))
+            .map(str::to_owned)
+    };
+    exporter_on(edge, one, move |number, seen| {
+        format!("one {number} {:?}", host(seen))
+    });
+    exporter_on(edge, two, move |number, seen| {
+        format!("two {number} {:?}", host(seen))
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_connection_is_not_used_for_what_leads_to_another_node_by_now() {
+    let mut edge = JoinSet::new();
+    let port = two_exporters(&mut edge).await;
+    let routes = |agent: &str, node: &str, address: &str| {
+        format!("routes: [{{node: {node}, agent: {agent}, addresses: [{address}]}}]")
+    };
+    let before = routes("edge1", "press", "127.0.0.2");
+    let mut stack = Stack::start(&before);
+    stack.agent("edge1", &allow(&[port]));
+    // That one may not dial the first exporter, or its port at its own node.
+    stack.agent(
+        "edge2",
+        &format!("allow: [{{cidr: 127.0.0.3, ports: [{port}]}}]"),
+    );
+    for agent in ["edge1", "edge2"] {
+        stack.sessions(agent, 1).await;
+    }
+    let (name, address) = (format!("press:{port}"), format!("127.0.0.2:{port}"));
+    let file = stack.dir.path().join("proxy-server.yaml");
+    let mut reloads = 0.0;
+    let mut reroute = async |from: &str, to: &str| {
+        rewrite(&file, &text(&file).replace(from, to));
+        stack.reload.reload();
+        reloads += 1.0;
+        reloaded(&stack, reloads).await;
+    };
+    // By name and by address it is one way, and one connection.
+    for to in [&name, &address, &name] {
+        let wanted = format!("one 1 Some(\"host: {to}\")");
+        assert_eq!(scrape(&stack, to).await, wanted);
+    }
+
+    // The name moves to another agent and address; the address to another agent that may not dial it.
+    let moved = routes("edge2", "press", "127.0.0.3");
+    reroute(&before, &moved).await;
+    for _ in 0..2 {
+        assert!(scrape(&stack, &name).await.starts_with("two 1 "));
+    }
+    let given = routes("edge2", "lathe", "127.0.0.2");
+    reroute(&moved, &given).await;
+    let said = scrape(&stack, &address).await;
+    let denied = "HTTP/1.1 403 node lathe (agent edge2): the agent's allow-list";
+    assert!(said.starts_with(denied), "{said}");
+    // Who has no route any more is not answered over what was kept for it.
+    let said = scrape(&stack, &name).await;
+    assert!(
+        said.contains("403") && said.contains("no node at the edge"),
+        "{said}"
+    );
+
+    // Back to the first node: its connection is as good as ever.
+    reroute(&given, &before).await;
+    assert!(scrape(&stack, &name).await.starts_with("one 1 "));
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_lost_session_a_scrape_goes_over_the_next_one_or_to_the_next_node() {
+    let mut edge = JoinSet::new();
+    let port = two_exporters(&mut edge).await;
+    let before = "routes: [{node: press, agent: edge1, addresses: [127.0.0.2]}]";
+    let after = "routes: [{node: press, agent: edge2, addresses: [127.0.0.3]}]";
+    let mut stack = Stack::start(before);
+    for agent in ["edge1", "edge2"] {
+        stack.agent(agent, &allow(&[port]));
+        stack.sessions(agent, 1).await;
+    }
+    let name = format!("press:{port}");
+    let lose = async || {
+        let sessions = stack.registry.of(&"edge1".parse().unwrap());
+        let [session] = &sessions[..] else {
+            panic!("{} sessions", sessions.len())
+        };
+        session.transport.close(proto::Reason::SessionLost);
+        eventually("another session", || {
+            let now = stack.registry.of(&"edge1".parse().unwrap());
+            matches!(&now[..], [new] if new.id != session.id)
+        })
+        .await;
+    };
+    for _ in 0..2 {
+        assert!(scrape(&stack, &name).await.starts_with("one 1 "));
+    }
+    lose().await;
+    for _ in 0..2 {
+        assert!(scrape(&stack, &name).await.starts_with("one 2 "));
+    }
+    // Lost and led elsewhere at once.
+    let file = stack.dir.path().join("proxy-server.yaml");
+    rewrite(&file, &text(&file).replace(before, after));
+    stack.reload.reload();
+    lose().await;
+    reloaded(&stack, 1.0).await;
+    for _ in 0..2 {
+        assert!(scrape(&stack, &name).await.starts_with("two 1 "));
     }
     stack.stop().await;
 }

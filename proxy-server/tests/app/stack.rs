@@ -350,6 +350,31 @@ pub(crate) async fn echo(tasks: &mut JoinSet<()>) -> u16 {
     port
 }
 
+/// Two listeners with one port, at two addresses.
+pub(crate) async fn pair() -> (TcpListener, TcpListener, u16) {
+    loop {
+        let one = TcpListener::bind("127.0.0.2:0").await.unwrap();
+        let port = one.local_addr().unwrap().port();
+        if let Ok(two) = TcpListener::bind(("127.0.0.3", port)).await {
+            return (one, two, port);
+        }
+    }
+}
+
+/// Waits for so many reloads that were taken.
+pub(crate) async fn reloaded(stack: &Stack, times: f64) {
+    let counted = async {
+        while stack
+            .metric("corvid_config_reloads_total{result=\"ok\"}")
+            .await
+            < times
+        {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(counted).await;
+}
+
 /// What allows an agent to reach those ports here.
 pub(crate) fn allow(ports: &[u16]) -> String {
     format!("allow: [{{cidr: 127.0.0.0/8, ports: {ports:?}}}]")

@@ -1,4 +1,5 @@
-//! Connections to plain exporters, kept between scrapes: hyper's client over streams of the tunnel.
+//! Connections to plain exporters, kept between scrapes: hyper's client over streams of the tunnel. One is used for the
+//! way that it was opened for ([`Way`]) and no other.
 
 use std::error::Error as _;
 use std::pin::Pin;
@@ -15,12 +16,13 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::{Reason, RelayEnd};
+use proto::{Destination, Reason, RelayEnd};
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::time::timeout;
 
+use super::NAME;
 use super::body::Sent;
-use super::{NAME, destination};
+use super::way::Way;
 use crate::config::Elsewhere;
 use crate::error::Refusal;
 use crate::frontend::policy::{Policy, Requester};
@@ -59,32 +61,30 @@ impl Pool {
         self.0.store(None);
     }
 
-    /// Sends a request over a kept or new connection.
+    /// Sends a request over a kept or new connection on that way.
     ///
     /// # Errors
     /// The refusal of the stream, or that the exporter does not answer.
     pub(super) async fn send(
         &self,
-        request: HttpRequest<Sent>,
+        mut request: HttpRequest<Sent>,
+        way: &Way,
     ) -> Result<Response<Incoming>, Refusal> {
-        let authority = request
-            .uri()
-            .authority()
-            .map(ToString::to_string)
-            .unwrap_or_default();
+        let defect = || Refusal::about("proxy-server", Reason::Internal);
+        *request.uri_mut() = way.uri(request.uri()).ok_or_else(defect)?;
         let Some(client) = self.0.load_full() else {
             return Err(Refusal::about("proxy-server", Reason::Draining));
         };
         let answer = timeout(ANSWER, client.request(request)).await;
-        let late = |_elapsed| Refusal::about(&authority, Reason::Timeout);
+        let late = |_elapsed| Refusal::about(&way.dialled, Reason::Timeout);
         answer
             .map_err(late)?
-            .map_err(|error| refusal(&error, &authority))
+            .map_err(|error| refusal(&error, &way.dialled))
     }
 }
 
 /// What the client's error means: mostly a [`Refusal`] of the connector.
-fn refusal(error: &ClientError, authority: &str) -> Refusal {
+fn refusal(error: &ClientError, dialled: &Destination) -> Refusal {
     let mut source = error.source();
     while let Some(cause) = source {
         if let Some(ConnectError(refusal)) = cause.downcast_ref() {
@@ -93,7 +93,7 @@ fn refusal(error: &ClientError, authority: &str) -> Refusal {
         source = cause.source();
     }
     Refusal::detailed(
-        authority,
+        dialled,
         Reason::DestinationReset,
         &daemon::chain(error).to_string(),
     )
@@ -133,17 +133,19 @@ impl tower_service::Service<Uri> for Connector {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let Self { forwarder, tasks } = self.clone();
         Box::pin(async move {
-            let authority = uri.authority().map(http::uri::Authority::as_str);
-            let destination = destination(authority, Some(80)).map_err(ConnectError)?;
-            // The connection is shared by whoever may ask for this destination; who asks was decided about before.
+            let defect = || ConnectError(Refusal::about("proxy-server", Reason::Internal));
+            let way = Way::of(&uri).ok_or_else(defect)?;
+            // The connection is shared by whoever may ask for this way; who asks was decided about before.
             let request = Request {
                 frontend: NAME,
                 requester: Requester::pool(),
-                destination,
+                destination: way.dialled.clone(),
                 elsewhere: Elsewhere::Refuse,
                 policy: Arc::new(Policy::Open),
             };
-            let opened = forwarder.open(request, std::future::pending()).await;
+            let opened = forwarder
+                .open_on(request, way.route(), std::future::pending())
+                .await;
             let opened = opened.map_err(ConnectError)?;
             let (near, mut far) = tokio::io::duplex(BUFFER);
             let cut = Arc::new(AtomicBool::new(false));
