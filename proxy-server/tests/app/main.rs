@@ -20,4 +20,5 @@ mod konnectivity;
 mod names;
 mod scrape;
 mod stack;
+mod standing;
 mod tls;
