@@ -205,6 +205,7 @@ mod tests {
     fn server(not_before: u64, not_after: u64) -> Peer {
         Peer {
             identity: Identity::parse("spiffe://corvid/server/s").unwrap(),
+            node_uid: None,
             not_before: from_secs(not_before),
             not_after: from_secs(not_after),
             fingerprint: String::new(),

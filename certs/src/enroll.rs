@@ -13,6 +13,7 @@ mod files;
 mod limit;
 mod reason;
 mod server;
+mod vouch;
 mod watched;
 
 pub use client::{EnrollRequest, Enrolled, enroll, renew};
@@ -20,6 +21,7 @@ pub use error::EnrollError;
 pub use files::{AgentFiles, AgentFilesError};
 pub use limit::EnrollLimits;
 pub use server::{EnrollService, ServeError};
+pub use vouch::{Answer, Vouch};
 
 /// What the build script makes of enroll.proto; it never leaves this module.
 #[expect(

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue,
+    ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 use secrecy::ExposeSecret as _;
@@ -20,6 +20,7 @@ use crate::clock::from_secs;
 use crate::credential::{Credential, CredentialError, Key, KeyError};
 use crate::csr::Csr;
 use crate::identity::{Identity, Name, Role, SERVER_SNI, TrustDomain};
+use crate::node_uid::NodeUid;
 use crate::store::{self, FileLock, StoreError};
 
 /// Life of a root. Its rotation is a deliberate act, hence long.
@@ -35,6 +36,9 @@ pub const CLIENT_DAYS: u32 = 365;
 /// and "not valid yet" would refuse a peer for being new. Five minutes is the skew that Kerberos made
 /// hosts keep to; more would lengthen the life of a stolen key for nothing.
 pub const BACKDATE: Duration = Duration::from_secs(300);
+
+/// X.520 serialNumber. SPIFFE allows no second URI, and a subject is copied by no verifier into a decision but ours.
+pub(crate) const SUBJECT_SERIAL: &[u64] = &[2, 5, 4, 5];
 
 /// Last second of the year 9999, the end of time of X.509.
 const END_OF_TIME: u64 = 253_402_300_799;
@@ -106,6 +110,7 @@ pub struct ServerSans {
 #[derive(Debug, Clone)]
 pub(crate) struct Profile {
     pub(crate) identity: Identity,
+    pub(crate) node_uid: Option<NodeUid>,
     pub(crate) not_before: UnixTime,
     pub(crate) not_after: UnixTime,
     pub(crate) sans: Vec<SanType>,
@@ -176,6 +181,22 @@ impl Issuer {
         Self::new(key, root.clone(), root, trust_domain.clone())
     }
 
+    /// Makes a key and an agent's leaf for it.
+    ///
+    /// # Errors
+    /// Signing fails.
+    #[cfg(any(test, feature = "test-util"))]
+    pub fn issue_agent(
+        &self,
+        name: &Name,
+        node_uid: Option<&NodeUid>,
+        now: UnixTime,
+    ) -> Result<Credential, IssuerError> {
+        let mut profile = self.profile(Role::Agent, name, now, AGENT_LIFE);
+        profile.node_uid = node_uid.cloned();
+        self.issue(&profile)
+    }
+
     /// Signs whatever `params` say.
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn sign_plain(
@@ -233,17 +254,19 @@ impl Issuer {
         &self.trust_domain
     }
 
-    /// Signs an agent's leaf: 24 h, client authentication.
+    /// Signs an agent's leaf: 24 h, client authentication. With `node_uid` it is good for that node of its name alone.
     ///
     /// # Errors
     /// Signing fails.
     pub fn sign_agent(
         &self,
         name: &Name,
+        node_uid: Option<&NodeUid>,
         csr: &Csr,
         now: UnixTime,
     ) -> Result<IssuedChain, IssuerError> {
-        let profile = self.profile(Role::Agent, name, now, AGENT_LIFE);
+        let mut profile = self.profile(Role::Agent, name, now, AGENT_LIFE);
+        profile.node_uid = node_uid.cloned();
         let leaf = self.sign(&profile, csr)?;
         Ok(IssuedChain {
             chain: vec![leaf],
@@ -287,6 +310,7 @@ impl Issuer {
         let end = now.as_secs().saturating_add(life.as_secs());
         Profile {
             identity: Identity::new(self.trust_domain.clone(), role, name.clone()),
+            node_uid: None,
             not_before: from_secs(now.as_secs().saturating_sub(BACKDATE.as_secs())),
             // A leaf that outlives its root would promise what Go's verifier doesn't keep.
             not_after: from_secs(end.min(self.not_after().as_secs())),
@@ -314,6 +338,11 @@ impl Issuer {
         params
             .distinguished_name
             .push(DnType::CommonName, common_name);
+        if let Some(uid) = &profile.node_uid {
+            let serial = DnValue::PrintableString(uid.as_str().try_into()?);
+            let kind = DnType::CustomDnType(SUBJECT_SERIAL.to_vec());
+            params.distinguished_name.push(kind, serial);
+        }
         let uri = profile.identity.to_string().try_into()?;
         params.subject_alt_names.push(SanType::URI(uri));
         params

@@ -16,6 +16,7 @@ mod failure;
 mod identity;
 mod issuer;
 mod live;
+mod node_uid;
 mod renew;
 mod store;
 #[cfg(any(test, feature = "test-util"))]
@@ -31,8 +32,8 @@ pub use clock::Clock;
 pub use credential::{Credential, CredentialError, Key, KeyError};
 pub use csr::{Csr, CsrError, KeyDigest, MAX_CSR};
 pub use enroll::{
-    AgentFiles, AgentFilesError, EnrollError, EnrollLimits, EnrollRequest, EnrollService, Enrolled,
-    ServeError, enroll, renew,
+    AgentFiles, AgentFilesError, Answer, EnrollError, EnrollLimits, EnrollRequest, EnrollService,
+    Enrolled, ServeError, Vouch, enroll, renew,
 };
 pub use failure::HandshakeFailure;
 pub use identity::{Identity, IdentityError, Name, Role, SERVER_SNI, TrustDomain};
@@ -41,6 +42,7 @@ pub use issuer::{
     ServerSans, export_client,
 };
 pub use live::LiveCredential;
+pub use node_uid::{NodeUid, NodeUidError};
 pub use renew::{renew_at, retry_after};
 pub use rustls_pki_types::UnixTime;
 pub use store::{MODE_PUBLIC, MODE_SECRET, StoreError, write_atomic};

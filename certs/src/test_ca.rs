@@ -12,7 +12,7 @@ use crate::bundle::{LiveBundle, Pin, TrustBundle};
 use crate::clock::{Clock, from_secs};
 use crate::credential::Credential;
 use crate::identity::{Identity, Name, Role, TrustDomain};
-use crate::issuer::{Issuer, Profile, ServerSans, server_sans};
+use crate::issuer::{Issuer, Profile, SUBJECT_SERIAL, ServerSans, server_sans};
 use crate::live::LiveCredential;
 use crate::tls_config::Own;
 
@@ -38,6 +38,8 @@ pub struct TestLeaf {
     pub ends_in: i64,
     /// DNS names and addresses; `None` are those of its role.
     pub dns_names: Option<Vec<String>>,
+    /// Which node of its name.
+    pub node_uid: Option<String>,
 }
 
 impl TestLeaf {
@@ -51,6 +53,7 @@ impl TestLeaf {
             starts_in: -300,
             ends_in: 3600,
             dns_names: None,
+            node_uid: None,
         }
     }
 
@@ -74,6 +77,13 @@ impl TestLeaf {
     #[must_use]
     pub fn of_trust_domain(mut self, trust_domain: &str) -> Self {
         self.trust_domain = Some(trust_domain.to_owned());
+        self
+    }
+
+    /// Of that node of its name.
+    #[must_use]
+    pub fn of_node(mut self, uid: &str) -> Self {
+        self.node_uid = Some(uid.to_owned());
         self
     }
 
@@ -153,6 +163,10 @@ impl TestCa {
         let at = |seconds: i64| from_secs(now().as_secs().saturating_add_signed(seconds));
         let profile = Profile {
             identity: Identity::new(trust_domain, leaf.role, name),
+            node_uid: leaf
+                .node_uid
+                .as_ref()
+                .map(|uid| uid.parse().expect("a uid")),
             not_before: at(leaf.starts_in),
             not_after: at(leaf.ends_in),
             sans: leaf
@@ -166,25 +180,40 @@ impl TestCa {
     /// A leaf of an ordinary PKI: common name and URIs as given, no key to it.
     #[must_use]
     pub fn plain_leaf(&self, common_name: &str, uris: &[&str]) -> CertificateDer<'static> {
-        self.plain(common_name, uris).0
+        self.plain(common_name, None, uris).0
+    }
+
+    /// A leaf whose subject has that serial number, no key to it.
+    #[must_use]
+    pub fn leaf_with_serial(&self, serial: &str, uris: &[&str]) -> CertificateDer<'static> {
+        self.plain("someone", Some(serial), uris).0
     }
 
     /// A client credential of an ordinary PKI, as an operator's: chain and key in PEM.
     #[must_use]
     pub fn plain_client(&self, common_name: &str, uris: &[&str]) -> (String, String) {
-        let (leaf, key) = self.plain(common_name, uris);
+        let (leaf, key) = self.plain(common_name, None, uris);
         (
             crate::x509::pem("CERTIFICATE", &[leaf]),
             key.serialize_pem(),
         )
     }
 
-    fn plain(&self, common_name: &str, uris: &[&str]) -> (CertificateDer<'static>, rcgen::KeyPair) {
+    fn plain(
+        &self,
+        common_name: &str,
+        serial: Option<&str>,
+        uris: &[&str],
+    ) -> (CertificateDer<'static>, rcgen::KeyPair) {
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params
             .distinguished_name
             .push(DnType::CommonName, common_name);
+        if let Some(serial) = serial {
+            let kind = DnType::CustomDnType(SUBJECT_SERIAL.to_vec());
+            params.distinguished_name.push(kind, serial);
+        }
         for uri in uris {
             params
                 .subject_alt_names

@@ -14,6 +14,7 @@ use rustls::{CertificateError, Error};
 use rustls_pki_types::{CertificateDer, UnixTime};
 
 use crate::identity::{Identity, IdentityError, Name, Role, TrustDomain};
+use crate::node_uid::NodeUid;
 use crate::x509::{self, Facts, Malformed};
 
 mod client;
@@ -28,6 +29,8 @@ pub(crate) use server::{PinMismatch, PinnedVerifier, ServerName, ServerVerifier}
 pub struct Peer {
     /// Who the certificate says it is.
     pub identity: Identity,
+    /// Which node of that name an agent was certified for; `None` outside a cluster, and of other roles.
+    pub node_uid: Option<NodeUid>,
     /// Start of the leaf's life.
     pub not_before: UnixTime,
     /// End of the leaf's life.
@@ -51,6 +54,9 @@ pub enum PeerError {
     /// The URI is no identity.
     #[error("the certificate's URI name is no identity")]
     Identity(#[from] IdentityError),
+    /// An agent's subject has serial numbers that are not one node's uid.
+    #[error("the serial number in the certificate's subject is no node's uid")]
+    NodeUid,
 }
 
 /// Reads who a chain (leaf first) says its holder is. Of any use only after the chain was verified.
@@ -63,12 +69,26 @@ pub fn peer(chain: &[CertificateDer<'_>]) -> Result<Peer, PeerError> {
     let [uri] = facts.uris.as_slice() else {
         return Err(PeerError::NotOneUri);
     };
+    let identity = Identity::parse(uri)?;
     Ok(Peer {
-        identity: Identity::parse(uri)?,
+        node_uid: node_uid(&identity, &facts)?,
+        identity,
         not_before: facts.not_before,
         not_after: facts.not_after,
         fingerprint: x509::hex(&x509::sha256(leaf)),
     })
+}
+
+/// Of agents alone: what an operator's PKI writes there for others is its own affair.
+fn node_uid(identity: &Identity, facts: &Facts) -> Result<Option<NodeUid>, PeerError> {
+    match (identity.role, facts.subject_serials.as_slice()) {
+        (Role::Client | Role::Server, _) | (Role::Agent, []) => Ok(None),
+        (Role::Agent, [serial]) => serial
+            .parse()
+            .map(Some)
+            .map_err(|_no_uid| PeerError::NodeUid),
+        (Role::Agent, [_, _, ..]) => Err(PeerError::NodeUid),
+    }
 }
 
 /// The peer of a TLS connection whose handshake is done; `None` if it showed no certificate.
@@ -218,7 +238,7 @@ fn check_rule(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_ca::TestCa;
+    use crate::test_ca::{TestCa, TestLeaf};
 
     #[test]
     fn a_leaf_says_who_it_is() {
@@ -245,6 +265,27 @@ mod tests {
             peer(&[leaf(&["https://x"])]),
             Err(PeerError::Identity(_))
         ));
+    }
+
+    #[test]
+    fn an_agents_leaf_says_which_node_of_its_name() {
+        let ca = TestCa::new();
+        let uid = "6f1c5b0e-9d1f-4c5e-8a55-0123456789ab";
+        let certified = ca.leaf(&TestLeaf::new(Role::Agent, "edge1").of_node(uid));
+        let read = peer(certified.chain()).unwrap();
+        assert_eq!(read.node_uid.unwrap().as_str(), uid);
+        assert_eq!(peer(ca.agent("edge1").chain()).unwrap().node_uid, None);
+        let uri = ["spiffe://corvid/agent/edge1"];
+        for serial in ["7", "", "edge1"] {
+            let leaf = ca.leaf_with_serial(serial, &uri);
+            assert_eq!(peer(&[leaf]), Err(PeerError::NodeUid), "{serial:?}");
+        }
+        let mut twice = Facts::read(&certified.chain()[0]).unwrap();
+        twice.subject_serials = vec![uid.to_owned(), uid.to_owned()];
+        let refused = node_uid(certified.identity(), &twice);
+        assert_eq!(refused, Err(PeerError::NodeUid));
+        let client = ca.leaf_with_serial("7", &["spiffe://corvid/client/prom"]);
+        assert_eq!(peer(&[client]).unwrap().node_uid, None);
     }
 
     #[test]

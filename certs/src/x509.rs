@@ -5,6 +5,7 @@ use aws_lc_rs::digest;
 use rustls_pki_types::UnixTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
+use x509_parser::oid_registry::OID_X509_SERIALNUMBER;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::time::ASN1Time;
 
@@ -14,6 +15,8 @@ use crate::clock::from_secs;
 #[derive(Debug)]
 pub(crate) struct Facts {
     pub(crate) common_name: Option<String>,
+    /// Of the subject (X.520 serialNumber), not of the certificate. What is no text counts as empty.
+    pub(crate) subject_serials: Vec<String>,
     pub(crate) dns_names: Vec<String>,
     pub(crate) uris: Vec<String>,
     pub(crate) not_before: UnixTime,
@@ -56,8 +59,14 @@ impl Facts {
             .next()
             .and_then(|name| name.as_str().ok())
             .map(str::to_owned);
+        let subject_serials = certificate
+            .subject()
+            .iter_by_oid(&OID_X509_SERIALNUMBER)
+            .map(|serial| serial.as_str().unwrap_or_default().to_owned())
+            .collect();
         Ok(Self {
             common_name,
+            subject_serials,
             dns_names,
             uris,
             not_before: time(certificate.validity().not_before),

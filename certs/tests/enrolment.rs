@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use certs::test_ca::{TestCa, TestLeaf, now};
 use certs::{
-    AgentFiles, Clock, Credential, Csr, EnrollError, EnrollLimits, EnrollRequest, EnrollService,
-    Enrolled, HandshakeFailure, JoinToken, Key, Name, NewToken, Own, Pin, Revocations, Role,
-    ServeError, Store, TrustDomain,
+    AgentFiles, Answer, Clock, Credential, Csr, EnrollError, EnrollLimits, EnrollRequest,
+    EnrollService, Enrolled, HandshakeFailure, JoinToken, Key, Name, NewToken, NodeUid, Own, Pin,
+    Revocations, Role, ServeError, Store, TrustDomain, Vouch,
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
@@ -44,12 +44,17 @@ impl Server {
     }
 
     async fn with(ca: TestCa, limits: EnrollLimits) -> Self {
+        Self::of_cluster(ca, limits, None).await
+    }
+
+    async fn of_cluster(ca: TestCa, limits: EnrollLimits, nodes: Option<Arc<dyn Vouch>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let revoked = Revocations::new();
         let own = ca.own(ca.server("s1"));
         let tls = certs::enroll_server(&own, &revoked, GRACE).unwrap();
-        let service = EnrollService::new(ca.issuer(), store.clone(), Clock::system(), limits);
+        let service =
+            EnrollService::new(ca.issuer(), store.clone(), Clock::system(), limits, nodes);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut tasks = JoinSet::new();
@@ -527,6 +532,49 @@ async fn a_leaf_that_expired_beyond_the_grace_is_not() {
     );
 }
 
+/// A cluster with one node.
+#[derive(Debug)]
+struct OneNode {
+    name: &'static str,
+    uid: &'static str,
+}
+
+impl Vouch for OneNode {
+    fn is_gone<'a>(&'a self, name: &'a Name, uid: &'a NodeUid) -> Answer<'a, bool> {
+        let there = (name.as_str(), uid.as_str()) == (self.name, self.uid);
+        Box::pin(async move { !there })
+    }
+}
+
+#[tokio::test]
+async fn a_renewed_leaf_is_of_the_same_node_and_none_is_given_once_that_is_gone() {
+    const UID: &str = "6f1c5b0e-9d1f-4c5e-8a55-0123456789ab";
+    const OTHER: &str = "00000000-9d1f-4c5e-8a55-0123456789ab";
+    let cluster = OneNode {
+        name: "edge1",
+        uid: UID,
+    };
+    let limits = EnrollLimits::default();
+    let server = Server::of_cluster(TestCa::new(), limits, Some(Arc::new(cluster))).await;
+    let leaf = |name: &str, uid: &str| {
+        let leaf = TestLeaf::new(Role::Agent, name).of_node(uid);
+        server.ca.leaf(&leaf)
+    };
+    let edge1 = Agent::new("edge1");
+    let renewed = edge1.renew(&server, leaf("edge1", UID)).await.unwrap();
+    let peer = certs::peer(renewed.credential.chain()).unwrap();
+    assert_eq!(peer.node_uid.unwrap().as_str(), UID);
+    for (name, uid) in [("edge1", OTHER), ("edge2", UID)] {
+        let refused = edge1.renew(&server, leaf(name, uid)).await;
+        assert!(matches!(refused, Err(EnrollError::NodeGone)), "{refused:?}");
+    }
+    // Edges outside the cluster have no uid, and nobody is asked about them.
+    let outside = server.ca.agent("edge2");
+    let renewed = edge1.renew(&server, outside).await.unwrap();
+    let peer = certs::peer(renewed.credential.chain()).unwrap();
+    assert_eq!(peer.node_uid, None);
+}
+
 #[tokio::test]
 async fn a_revoked_agent_is_not_renewed_whoever_notices_first() {
     let server = Server::start().await;
@@ -642,7 +690,7 @@ fn service(ca: &TestCa) -> (tempfile::TempDir, EnrollService) {
     let limits = EnrollLimits::default();
     (
         dir,
-        EnrollService::new(ca.issuer(), store, Clock::system(), limits),
+        EnrollService::new(ca.issuer(), store, Clock::system(), limits, None),
     )
 }
 

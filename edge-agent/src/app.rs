@@ -208,6 +208,7 @@ impl Bound {
         });
         let background = &groups.background;
         let (renewals, renewed) = watch::channel(0);
+        let (gone, told_gone) = watch::channel(String::new());
         if enrolment.operators().is_some() {
             let reload = self
                 .source
@@ -223,7 +224,7 @@ impl Bound {
             };
             background.critical("credential", operators.run(self.watching, reload));
         } else {
-            background.critical("renewal", enrolment.keep_renewed(own, renewals));
+            background.critical("renewal", enrolment.keep_renewed(own, renewals, told_gone));
         }
         if let Some(source) = self.source {
             let reloading = Reloading {
@@ -241,6 +242,7 @@ impl Bound {
             candidates,
             limits: self.config.backoff,
             renewed,
+            gone,
         };
         background.critical("connector", connector.run(background.clone()));
         let ready = ready::keep(Arc::clone(&registry), readiness.clone(), no_session);

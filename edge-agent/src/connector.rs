@@ -40,6 +40,8 @@ pub(crate) struct Connector {
     pub(crate) limits: BackoffLimits,
     /// Changes with each renewed certificate.
     pub(crate) renewed: watch::Receiver<u64>,
+    /// Fingerprint of the certificate whose node, a server says, is not there any more.
+    pub(crate) gone: watch::Sender<String>,
 }
 
 impl Connector {
@@ -113,7 +115,11 @@ impl Supervisor {
                         .reconnects
                         .get_or_create(&reason.into())
                         .inc();
-                    sleep(after).await;
+                    tokio::select! {
+                        () = sleep(after) => {}
+                        // It may be what was missing.
+                        Ok(()) = self.renewed.changed() => {}
+                    }
                     previous = Some(live);
                 }
                 Next::Park => {
@@ -177,6 +183,11 @@ impl Supervisor {
     }
 
     fn pause(&mut self, reason: Reason, retry_after: Duration) -> Duration {
+        if reason == Reason::NodeGone {
+            let refused = self.shared.terms.own.credential.load();
+            let refused = refused.fingerprint().to_owned();
+            self.shared.gone.send_replace(refused);
+        }
         let random = rand::random();
         let pause = if is_hopeless(reason) {
             self.backoff.hopeless(random)

@@ -230,9 +230,13 @@ impl Enrolment {
                 Err(source) => last = JoinError::Server { server, source },
             }
         }
-        // Off for longer than the grace: the token, if there is one, is what is left.
-        if matches!(last.server_error(), Some(EnrollError::TooLate)) && self.join.is_some() {
-            tracing::warn!(error = %chain(&last), "the certificate is too old to be renewed, enrolling again");
+        // Off for longer than the grace, or of a node that is gone: the token, if there is one, is what is left.
+        if matches!(
+            last.server_error(),
+            Some(EnrollError::TooLate | EnrollError::NodeGone)
+        ) && self.join.is_some()
+        {
+            tracing::warn!(error = %chain(&last), "the certificate can't be renewed, enrolling again");
             return self.join_once().await;
         }
         Err(last)
@@ -252,19 +256,28 @@ impl Enrolment {
         }
     }
 
-    /// Renews the credential at two thirds of its life and swaps it in place; `renewed` counts.
-    #[expect(clippy::infinite_loop, reason = "ends with its task")]
-    pub(crate) async fn keep_renewed(self, own: Own, renewed: watch::Sender<u64>) {
+    /// Renews the credential at two thirds of its life and swaps it in place; `renewed` counts. One whose node, a server
+    /// says in `gone`, is not there any more is replaced by a new enrolment at once, if there is a way to one.
+    pub(crate) async fn keep_renewed(
+        self,
+        own: Own,
+        renewed: watch::Sender<u64>,
+        mut gone: watch::Receiver<String>,
+    ) {
         loop {
             let credential = own.credential.load();
-            let due = credential.renew_at(rand::random()).as_secs();
-            while own.clock.now().as_secs() < due {
-                let left = Duration::from_secs(due.saturating_sub(own.clock.now().as_secs()));
-                sleep(left.min(LOOK)).await;
-            }
+            let mut anew = tokio::select! {
+                () = due(&own, credential.renew_at(rand::random()).as_secs()) => false,
+                () = self.refused(&credential, &mut gone) => true,
+            };
             let mut attempt = 0_u32;
             let enrolled = loop {
-                match self.renew_once(&own).await {
+                let tried = if anew {
+                    self.join_once().await
+                } else {
+                    self.renew_once(&own).await
+                };
+                match tried {
                     Ok(enrolled) => break enrolled,
                     Err(error) => {
                         attempt = attempt.saturating_add(1);
@@ -281,7 +294,10 @@ impl Enrolment {
                             error = %chain(&error), attempt, left_s = left.as_secs(),
                             pause_s = pause.as_secs(), "certificate not renewed, the old one goes on"
                         );
-                        sleep(pause).await;
+                        tokio::select! {
+                            () = sleep(pause) => {}
+                            () = self.refused(&credential, &mut gone), if !anew => anew = true,
+                        }
                     }
                 }
             };
@@ -291,6 +307,23 @@ impl Enrolment {
             own.credential.replace(enrolled.credential);
             renewed.send_modify(|count| *count += 1);
         }
+    }
+
+    /// Resolves once a server has refused this very certificate for its node, if another can be had.
+    async fn refused(&self, credential: &Credential, gone: &mut watch::Receiver<String>) {
+        let refused = gone.wait_for(|refused| refused == credential.fingerprint());
+        if refused.await.is_err() || self.join.is_none() {
+            std::future::pending::<()>().await;
+        }
+        tracing::warn!("the node of this certificate is no longer in the cluster, enrolling again");
+    }
+}
+
+/// Waits for that time. The clock is looked at again and again: a wrong one may be put right meanwhile.
+async fn due(own: &Own, at: u64) {
+    while own.clock.now().as_secs() < at {
+        let left = Duration::from_secs(at.saturating_sub(own.clock.now().as_secs()));
+        sleep(left.min(LOOK)).await;
     }
 }
 

@@ -299,6 +299,10 @@ fn of_alert(alert: u8) -> HandshakeFailure {
 pub(crate) const fn is_hopeless(reason: Reason) -> bool {
     matches!(
         reason,
-        Reason::Revoked | Reason::IdentityMismatch | Reason::Version | Reason::Tls
+        Reason::Revoked
+            | Reason::NodeGone
+            | Reason::IdentityMismatch
+            | Reason::Version
+            | Reason::Tls
     )
 }

@@ -97,6 +97,8 @@ reasons! {
     Tls = 22, "tls", 502, Edge, "the TLS handshake failed";
     /// The other end could not be reached or did not answer at all.
     Unreachable = 23, "unreachable", 502, Edge, "the other end of the tunnel can't be reached";
+    /// The Node that the agent's certificate was issued for is not in the cluster any more.
+    NodeGone = 24, "node_gone", 403, Edge, "the node was deleted from the cluster";
 
     /// The request could not be read.
     BadRequest = 32, "bad_request", 400, Requester, "the request could not be read";

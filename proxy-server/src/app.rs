@@ -23,7 +23,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
-use crate::cluster::{Cluster, Publisher, Source as ClusterSource, Watch};
+use crate::cluster::{Cluster, Publisher, Questions, Source as ClusterSource, Standing, Watch};
 use crate::config::{Config, Mark};
 use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
@@ -79,6 +79,7 @@ pub struct Bound {
     enrolment: Arc<Enrolment>,
     watch: Option<Watch>,
     publisher: Option<Publisher>,
+    standing: Option<Arc<Standing>>,
     reloader: Reloader,
     streams: Tasks,
     stop_enrolment: CancellationToken,
@@ -113,13 +114,21 @@ impl App {
             Some(settings) => Cluster::configured(settings, &daemon_metrics),
             None => Cluster::default(),
         };
+        let cluster = Arc::new(cluster);
+        let source_of_cluster = config.kubernetes.as_ref().map(ClusterSource::new);
+        let standing = source_of_cluster.clone().map(|source| {
+            Arc::new(Standing {
+                cluster: Arc::clone(&cluster),
+                questions: Questions::new(source),
+            })
+        });
         let budget = Budget::new(config.backend.memory.0);
         let window = budget.stream_window();
         let forwarder = Arc::new(Forwarder {
             routing: Arc::new(Routing {
                 table: ArcSwap::from_pointee(RouteTable::new(&config.routes)),
                 enrolled: ArcSwap::from_pointee(enrolled),
-                cluster: Arc::new(cluster),
+                cluster,
             }),
             registry: Registry::default(),
             limits: Limits::new(&config.limits),
@@ -151,6 +160,7 @@ impl App {
             },
             sessions_per_agent: config.limits.sessions_per_agent,
             revoked: authority.revoked.clone(),
+            standing: standing.clone(),
             stopping: CancellationToken::new(),
             tasks: Tasks::new(),
         });
@@ -199,8 +209,7 @@ impl App {
             .chain(http.0.bound().tcp())
             .collect();
         let (mut watch, mut publisher) = (None, None);
-        if let Some(settings) = &config.kubernetes {
-            let source = ClusterSource::new(settings);
+        if let (Some(settings), Some(source)) = (&config.kubernetes, source_of_cluster) {
             source.check(&own).context("kubernetes")?;
             publisher = Publisher::new(&config.name, &forwarder, &source, settings);
             watch = Some(Watch {
@@ -211,8 +220,13 @@ impl App {
         }
         forwarder.own.store(Arc::new(own));
         let stop_enrolment = CancellationToken::new();
-        let enrolment = Enrolment::new(&authority, &config, stop_enrolment.clone())
-            .context("TLS of the enrolment")?;
+        let enrolment = Enrolment::new(
+            &authority,
+            &config,
+            standing.clone(),
+            stop_enrolment.clone(),
+        )
+        .context("TLS of the enrolment")?;
         Ok(Bound {
             backend: endpoints
                 .iter()
@@ -243,6 +257,7 @@ impl App {
             enrolment: Arc::new(enrolment),
             watch,
             publisher,
+            standing,
             streams,
             stop_enrolment,
         })
@@ -342,6 +357,10 @@ impl Bound {
         }
         if let Some(publisher) = self.publisher {
             writes.critical("dns", publisher.run(writes.stopping()));
+        }
+        if let Some(standing) = self.standing {
+            let registry = forwarder.registry.clone();
+            for_ever(&service, "standing", standing.close_gone(registry));
         }
         for_ever(&service, "gauges", gauges(Arc::clone(&forwarder)));
         for_ever(&service, "reload", self.reloader.run(self.reload));

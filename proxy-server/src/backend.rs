@@ -5,6 +5,7 @@
 //! | too many handshakes at once | Retry, then refused |
 //! | TLS: no, foreign, expired, revoked or wrong-role certificate | refused in the handshake, counted, logged once |
 //! | no hello in time, garbage, another name | told with a GoAway where the peer can read, closed, counted, logged once |
+//! | the Node that the certificate is for was deleted | GoAway with `node_gone`; an open session is closed |
 //! | more sessions a second than the limit, or too many of one agent | GoAway with `retry_after` |
 //! | silence for the idle time-out | closed; its streams end with `session_lost` |
 //! | the leaf is over by an hour | closed with `certificate_expired` |
@@ -24,6 +25,7 @@ use proto::{AgentName, Reason, SessionId};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::{Standing, Verdict};
 use crate::limits::Knock;
 use crate::registry::{LiveSession, Lost};
 use crate::serve::Forwarder;
@@ -50,6 +52,8 @@ pub struct Backend {
     pub sessions_per_agent: usize,
     /// Agents that are refused.
     pub revoked: Revocations,
+    /// Knows the nodes of certificates, where a cluster is asked.
+    pub(crate) standing: Option<Arc<Standing>>,
     /// Cancelled once no session may come about any more.
     pub stopping: CancellationToken,
     /// Owner of session tasks.
@@ -113,11 +117,12 @@ impl Backend {
                 return None;
             }
         };
-        match self.greet(&transport, &agent).await {
+        match self.greet(&transport, &agent, &peer).await {
             Ok((control, software, id)) => {
                 let session = LiveSession {
                     id,
                     agent,
+                    node_uid: peer.node_uid.clone(),
                     kind: "quic",
                     liveness: Liveness::new(self.keepalive),
                     control: control.handle(),
@@ -145,6 +150,7 @@ impl Backend {
         &self,
         transport: &QuicSession,
         agent: &AgentName,
+        peer: &Peer,
     ) -> Result<(Control<QuicSession>, String, SessionId), ControlError> {
         let (control, hello) = Control::accept(transport.clone()).await?;
         if self.stopping.is_cancelled() {
@@ -167,6 +173,14 @@ impl Backend {
             return Err(ControlError::Session(SessionError::Local(
                 Reason::Overloaded,
             )));
+        }
+        if let (Some(standing), Some(uid)) = (&self.standing, &peer.node_uid)
+            && standing.verdict(agent.as_str(), uid).await == Verdict::Gone
+        {
+            let detail = Reason::NodeGone.sentence().to_owned();
+            let retry_after = SPREAD.mul_f64(rand::random());
+            control.refuse(Reason::NodeGone, detail, retry_after).await;
+            return Err(ControlError::Session(SessionError::Local(Reason::NodeGone)));
         }
         let id = SessionId::random();
         let now = i64::try_from(unix(&self.clock).as_millis()).unwrap_or(i64::MAX);

@@ -28,6 +28,8 @@ mod client;
 pub mod dns;
 pub mod lease;
 pub mod nodes;
+mod questions;
+mod standing;
 mod table;
 mod watch;
 
@@ -40,6 +42,8 @@ use dns::Published;
 pub(crate) use dns::Publisher;
 use nodes::Nodes;
 use parking_lot::Mutex;
+pub(crate) use questions::Questions;
+pub(crate) use standing::{Standing, Verdict};
 pub use table::ClusterTable;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::Instant;
@@ -98,6 +102,11 @@ impl Cluster {
     /// The nodes now.
     pub fn table(&self) -> Arc<ClusterTable> {
         self.table.load_full()
+    }
+
+    /// Whether there is, as far as is known, a node of that name and uid.
+    pub(crate) fn has(&self, name: &str, uid: &str) -> bool {
+        self.table.load().has(name, uid)
     }
 
     /// Fires when there are other nodes, or all were read for the first time. Several changes at once are one.

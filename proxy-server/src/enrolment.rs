@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use certs::{
     Clock, Credential, EnrollLimits, EnrollService, Issuer, LiveBundle, LiveCredential, Name, Own,
-    Revocations, ServerSans, Store, UnixTime,
+    Revocations, ServerSans, Store, UnixTime, Vouch,
 };
 use daemon::{Peer, Stream};
 use proto::AgentName;
@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::Standing;
 use crate::config::Config;
 use crate::metrics::{CertificateLabels, Metrics};
 
@@ -157,6 +158,7 @@ impl Enrolment {
     pub(crate) fn new(
         authority: &Authority,
         config: &Config,
+        nodes: Option<Arc<Standing>>,
         stop: CancellationToken,
     ) -> Result<Self, certs::TlsConfigError> {
         let tls = certs::enroll_server(
@@ -169,6 +171,7 @@ impl Enrolment {
             authority.store.clone(),
             authority.own.clock.clone(),
             EnrollLimits::default(),
+            nodes.map(|nodes| nodes as Arc<dyn Vouch>),
         );
         Ok(Self {
             service,

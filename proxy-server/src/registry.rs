@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::SystemTime;
 
+use certs::NodeUid;
 use parking_lot::Mutex;
 use proto::control::{ControlHandle, GoAway, Liveness};
 use proto::transport::Session;
@@ -21,6 +22,8 @@ pub struct LiveSession<S> {
     pub id: SessionId,
     /// Whose.
     pub agent: AgentName,
+    /// Which node of that name its certificate is for; `None` outside the cluster.
+    pub node_uid: Option<NodeUid>,
     /// The transport.
     pub transport: S,
     /// Name of the transport.
@@ -250,6 +253,7 @@ mod tests {
         let session = LiveSession {
             id: SessionId::random(),
             agent: agent.parse().unwrap(),
+            node_uid: None,
             transport: server,
             kind: "memory",
             liveness: Liveness::new(Keepalive::default()),

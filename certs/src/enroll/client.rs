@@ -284,6 +284,7 @@ impl Failed {
             Self::Status(status) => match Refusal::of(&status) {
                 Some(Refusal::BadRequest | Refusal::NoCertificate) => EnrollError::BadRequest,
                 Some(Refusal::NameNotAllowed) => EnrollError::NameNotAllowed,
+                Some(Refusal::NodeGone) => EnrollError::NodeGone,
                 Some(Refusal::RateLimited { after }) => EnrollError::RateLimited { after },
                 Some(Refusal::Revoked) => EnrollError::Revoked,
                 Some(Refusal::TokenExpired) => EnrollError::TokenExpired,

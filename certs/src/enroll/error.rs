@@ -31,6 +31,9 @@ pub enum EnrollError {
     /// By the operator; `proxy-server agent allow` takes it back.
     #[error("this agent is revoked")]
     Revoked,
+    /// Deleted; or deleted and joined again, and then a new certificate is needed.
+    #[error("the node of this agent's certificate is no longer in the cluster")]
+    NodeGone,
     /// Off for longer than the grace: a new join token is needed.
     #[error(
         "this agent's certificate expired too long ago to be renewed; enrol again with a new join token"
@@ -146,7 +149,8 @@ impl EnrollError {
             | Self::PinMismatch
             | Self::BadRequest
             | Self::Tls(_) => true,
-            Self::RateLimited { .. }
+            Self::NodeGone
+            | Self::RateLimited { .. }
             | Self::Clock
             | Self::Handshake { .. }
             | Self::Unreachable { .. }

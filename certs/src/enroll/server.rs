@@ -18,10 +18,12 @@ use super::limit::{EnrollLimits, Limiter};
 use super::pb::enrollment_server::{Enrollment, EnrollmentServer};
 use super::pb::{CertificateResponse, EnrollRequest, RenewRequest};
 use super::reason::Refusal;
+use super::vouch::Vouch;
 use crate::clock::Clock;
 use crate::csr::Csr;
 use crate::identity::{Name, Role};
 use crate::issuer::Issuer;
+use crate::node_uid::NodeUid;
 use crate::token::JoinToken;
 use crate::token_store::{RedeemError, Store};
 use crate::verify::{Peer, tls_peer};
@@ -66,6 +68,7 @@ struct Shared {
     clock: Clock,
     limiter: Limiter,
     store_turns: Arc<Semaphore>,
+    nodes: Option<Arc<dyn Vouch>>,
 }
 
 /// The service for one connection: it knows who is at the other end.
@@ -81,15 +84,23 @@ struct Caller {
 }
 
 impl EnrollService {
-    /// A service that signs with `issuer` and keeps its notes in `store`.
+    /// A service that signs with `issuer`, keeps its notes in `store`, and asks `nodes` about certificates with a
+    /// node's uid.
     #[must_use]
-    pub fn new(issuer: Arc<Issuer>, store: Store, clock: Clock, limits: EnrollLimits) -> Self {
+    pub fn new(
+        issuer: Arc<Issuer>,
+        store: Store,
+        clock: Clock,
+        limits: EnrollLimits,
+        nodes: Option<Arc<dyn Vouch>>,
+    ) -> Self {
         let shared = Shared {
             issuer: ArcSwap::from(issuer),
             store,
             clock,
             limiter: Limiter::new(limits),
             store_turns: Arc::new(Semaphore::new(STORE_TURNS)),
+            nodes,
         };
         Self {
             shared: Arc::new(shared),
@@ -174,7 +185,7 @@ impl EnrollService {
         self.with_store(move |store| store.redeem(&token, &redeemed, &digest, now))
             .await?
             .map_err(|error| refusal_of(&error, note))?;
-        self.sign(name, &csr, note).await
+        self.sign(name, None, &csr, note).await
     }
 
     async fn do_renew(
@@ -189,6 +200,7 @@ impl EnrollService {
             .as_ref()
             .filter(|peer| peer.identity.role == Role::Agent);
         let name = agent.map(|peer| peer.identity.name.clone());
+        let node_uid = agent.and_then(|peer| peer.node_uid.as_ref());
         note.agent.clone_from(&name);
         self.limit(caller)?;
         let name = name.ok_or(Refusal::NoCertificate)?;
@@ -205,7 +217,12 @@ impl EnrollService {
         if revoked {
             return Err(Refusal::Revoked);
         }
-        self.sign(name, &csr, note).await
+        if let (Some(nodes), Some(uid)) = (&self.shared.nodes, node_uid)
+            && nodes.is_gone(&name, uid).await
+        {
+            return Err(Refusal::NodeGone);
+        }
+        self.sign(name, node_uid, &csr, note).await
     }
 
     fn limit(&self, caller: &Caller) -> Result<(), Refusal> {
@@ -216,12 +233,14 @@ impl EnrollService {
     async fn sign(
         &self,
         name: Name,
+        node_uid: Option<&NodeUid>,
         csr: &Csr,
         note: &mut Note,
     ) -> Result<CertificateResponse, Refusal> {
         let now = self.shared.clock.now();
         let issuer = self.shared.issuer.load_full();
-        let issued = issuer.sign_agent(&name, csr, now).map_err(|error| {
+        let issued = issuer.sign_agent(&name, node_uid, csr, now);
+        let issued = issued.map_err(|error| {
             tracing::error!(error = %chain(&error), "could not sign an agent's certificate");
             Refusal::Unavailable
         })?;

@@ -95,7 +95,7 @@ fn the_role_decides_life_and_usage() {
     let issuer = authority(dir.path());
     let key = Key::generate().unwrap();
     let csr = Csr::check(&Csr::make(&key).unwrap()).unwrap();
-    let agent = issuer.sign_agent(&name("edge1"), &csr, NOW).unwrap();
+    let agent = issuer.sign_agent(&name("edge1"), None, &csr, NOW).unwrap();
     let server = issuer
         .issue_server(&name("s1"), &ServerSans::default(), NOW)
         .unwrap();

@@ -10,7 +10,7 @@ use super::client::{ClientError, Source};
 
 /// Why a request came to nothing.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum AskError {
+pub(crate) enum AskError {
     /// Somebody else has changed the object since it was read, or made it first.
     #[error("somebody else has changed it at the same time")]
     Conflict,
@@ -39,6 +39,9 @@ pub(super) enum AskError {
     /// It can't be reached, or what it says can't be read.
     #[error("ask kube-apiserver")]
     Unreachable(#[source] kube::Error),
+    /// It says something else than what was asked for.
+    #[error("kube-apiserver's answer can't be read")]
+    Answer,
     /// There is no credential to ask with.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -51,9 +54,11 @@ impl AskError {
             Self::Conflict => "conflict",
             Self::Missing(_) => "missing",
             Self::Refused { .. } => "refused",
-            Self::Unavailable { .. } | Self::Late | Self::Unreachable(_) | Self::Client(_) => {
-                "unavailable"
-            }
+            Self::Unavailable { .. }
+            | Self::Late
+            | Self::Unreachable(_)
+            | Self::Answer
+            | Self::Client(_) => "unavailable",
         }
     }
 }
@@ -65,7 +70,9 @@ impl From<kube::Error> for AskError {
         };
         let (code, message) = (status.code, status.message);
         match code {
-            404 => Self::Missing(message),
+            // In its own words: what stands between and knows nothing of it says 404 too.
+            404 if status.reason == "NotFound" => Self::Missing(message),
+            404 => Self::Unavailable { code, message },
             409 => Self::Conflict,
             // 408 and 429 are about the moment, not about what was asked.
             400..=407 | 410..=428 | 430..=499 => Self::Refused { code, message },

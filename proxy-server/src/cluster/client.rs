@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::Response;
+use http_body_util::Limited;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -25,6 +26,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// For the head of an answer, connect and TLS included; kube-apiserver sends that of a watch at once. Its own limit for
 /// a list is 60 s, of which a page of 500 nodes needs a small part.
 const ANSWER: Duration = Duration::from_secs(30);
+/// Largest answer about a single object: a ConfigMap or Secret has 1 MiB, and its managed fields.
+const MOST: usize = 4 << 20;
 /// A peer that has vanished is noticed, while the watch is silent.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
@@ -96,17 +99,19 @@ impl Source {
     /// A client; each good answer is noted in `cluster`.
     pub(super) async fn connect(&self, cluster: &Arc<Cluster>) -> Result<Client, ClientError> {
         let cluster = Arc::clone(cluster);
-        self.build(move || cluster.answered()).await
+        // A watch may last as long as it likes; its lines are Nodes.
+        self.build(move || cluster.answered(), usize::MAX).await
     }
 
-    /// A client whose answers say nothing of how current the nodes are.
+    /// A client for single objects, whose answers say nothing of how current the nodes are.
     pub(super) async fn connect_apart(&self) -> Result<Client, ClientError> {
-        self.build(|| {}).await
+        self.build(|| {}, MOST).await
     }
 
     async fn build(
         &self,
         answered: impl Fn() + Clone + Send + 'static,
+        most: usize,
     ) -> Result<Client, ClientError> {
         let config = match self {
             Self::Kubeconfig(file) => {
@@ -129,7 +134,7 @@ impl Source {
             if response.status().is_success() {
                 answered();
             }
-            response
+            response.map(|body| Limited::new(body, most))
         };
         // kube's own stack logs each refused connection as an error of its own.
         let service = ServiceBuilder::new()

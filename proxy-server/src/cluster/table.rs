@@ -67,6 +67,12 @@ impl ClusterTable {
         all.map(|(ip, claims)| (*ip, claims.as_slice())).collect()
     }
 
+    /// Whether there is a node of that name and uid.
+    #[must_use]
+    pub fn has(&self, name: &str, uid: &str) -> bool {
+        self.nodes.get(name).is_some_and(|node| node.uid == uid)
+    }
+
     /// Routes a destination; `None` if no node has anything to do with it. `known` says whether there is an agent of
     /// that name.
     ///

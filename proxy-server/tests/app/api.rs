@@ -39,6 +39,10 @@ pub(crate) enum Mood {
     Status(u16),
     /// Pages after the first are refused with 410.
     PagesGone,
+    /// Every request is answered well, with something that is no answer to it.
+    Nonsense,
+    /// Every request is answered by something that is not kube-apiserver and knows nothing of it.
+    Elsewhere,
 }
 
 #[derive(Debug)]
@@ -49,7 +53,7 @@ struct State {
     nodes: BTreeMap<String, Value>,
     log: Vec<(u64, Value)>,
     mood: Mood,
-    /// Requests for nodes, as `list`, `list+` (a further page) and `watch`.
+    /// Requests for nodes, as `list`, `list+` (a further page), `node` (of that name) and `watch`.
     seen: Vec<&'static str>,
     objects: Objects,
     /// Writes of other objects.
@@ -129,6 +133,12 @@ impl Api {
                     let serve = service_fn(|request: Request<Incoming>| {
                         let (state, changed, door) = (&state, &changed, &door);
                         async move {
+                            let mood = state.lock().mood;
+                            match mood {
+                                Mood::Nonsense => return Ok(whole(StatusCode::OK, &json!({}))),
+                                Mood::Elsewhere => return Ok(elsewhere()),
+                                Mood::Well | Mood::Status(_) | Mood::PagesGone => {}
+                            }
                             Ok::<_, Infallible>(match request.uri().path() {
                                 "/api/v1/nodes" => answer(state, changed, &request),
                                 _ => objects::answer(state, door, request).await,
@@ -168,6 +178,11 @@ impl Api {
         state.put(node);
         drop(state);
         self.changed.send_replace(());
+    }
+
+    /// As [`Api::put`], but watches are not told until something else happens.
+    pub(crate) fn put_quietly(&self, node: Value) {
+        self.state.lock().put(node);
     }
 
     pub(crate) fn put_all(&self, nodes: impl Iterator<Item = Value>) {
@@ -258,17 +273,21 @@ fn answer(
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .collect();
     let watches = query.contains_key("watch");
+    let named = query
+        .get("fieldSelector")
+        .map(|selector| selector.strip_prefix("metadata.name%3D").unwrap());
     let mut locked = state.lock();
     let kind = match (watches, query.contains_key("continue")) {
         (true, _) => "watch",
         (false, true) => "list+",
+        (false, false) if named.is_some() => "node",
         (false, false) => "list",
     };
     locked.seen.push(kind);
     match locked.mood {
         Mood::Status(code) => return status(code),
         Mood::PagesGone if kind == "list+" => return status(410),
-        Mood::Well | Mood::PagesGone => {}
+        Mood::Well | Mood::PagesGone | Mood::Nonsense | Mood::Elsewhere => {}
     }
     if watches {
         let from = query["resourceVersion"].parse::<u64>().unwrap();
@@ -277,7 +296,9 @@ fn answer(
         drop(locked);
         return events(state, changed, from, Duration::from_secs(seconds));
     }
-    let limit: usize = query["limit"].parse().unwrap();
+    let limit = query
+        .get("limit")
+        .map_or(usize::MAX, |limit| limit.parse().unwrap());
     let after = query
         .get("continue")
         .map(String::as_str)
@@ -285,7 +306,8 @@ fn answer(
     let mut rest = locked
         .nodes
         .iter()
-        .filter(|(name, _)| name.as_str() > after);
+        .filter(|(name, _)| name.as_str() > after)
+        .filter(|(name, _)| named.is_none_or(|wanted| wanted == name.as_str()));
     let page: Vec<_> = rest.by_ref().take(limit).collect();
     let more = rest.next().is_some();
     let next = page.last().filter(|_| more).map(|(name, _)| name.as_str());
@@ -302,6 +324,14 @@ fn status(code: u16) -> Response<Body> {
     let reason = if code == 410 { "Expired" } else { "Other" };
     let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": format!("said with {code}"), "reason": reason, "code": code});
     whole(StatusCode::from_u16(code).unwrap(), &status)
+}
+
+/// What Go's own server says of a path that it does not have.
+fn elsewhere() -> Response<Body> {
+    let body = Full::new(Bytes::from_static(b"404 page not found\n"));
+    let mut response = Response::new(body.boxed_unsync());
+    *response.status_mut() = StatusCode::NOT_FOUND;
+    response
 }
 
 fn whole(status: StatusCode, body: &Value) -> Response<Body> {

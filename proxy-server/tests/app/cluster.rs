@@ -75,7 +75,7 @@ async fn told(stack: &Stack, to: &str) -> String {
 }
 
 /// Asks until it is told that.
-async fn is_told(stack: &Stack, to: &str, wanted: &str) {
+pub(crate) async fn is_told(stack: &Stack, to: &str, wanted: &str) {
     let mut last = String::new();
     let asked = async {
         loop {

@@ -20,4 +20,5 @@ mod intercept;
 mod konnectivity;
 mod scrape;
 mod stack;
+mod standing;
 mod tls;

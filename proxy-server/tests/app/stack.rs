@@ -206,6 +206,24 @@ impl Stack {
         }
     }
 
+    /// A credential of that node, as one that enrolled in the cluster has it.
+    pub(crate) fn of_node(&self, name: &str, uid: &str) -> Own {
+        let issuer = self.issuer();
+        let (name, uid) = (Name::parse(name).unwrap(), uid.parse().unwrap());
+        let now = Clock::system().now();
+        let credential = issuer.issue_agent(&name, Some(&uid), now).unwrap();
+        Self::own(credential, &issuer)
+    }
+
+    fn own(credential: certs::Credential, issuer: &Issuer) -> Own {
+        Own {
+            credential: certs::LiveCredential::new(credential),
+            bundle: certs::LiveBundle::new(issuer.bundle().clone()),
+            clock: Clock::system(),
+            trust_domain: TrustDomain::default(),
+        }
+    }
+
     /// A client's own for the TLS doors.
     pub(crate) fn client(&self, name: &str) -> Own {
         let issuer = self.issuer();
@@ -213,12 +231,7 @@ impl Stack {
         let credential = issuer
             .issue_client(&Name::parse(name).unwrap(), 1, now)
             .unwrap();
-        Own {
-            credential: certs::LiveCredential::new(credential),
-            bundle: certs::LiveBundle::new(issuer.bundle().clone()),
-            clock: Clock::system(),
-            trust_domain: TrustDomain::default(),
-        }
+        Self::own(credential, &issuer)
     }
 
     pub(crate) fn tcp(&self, frontend: usize) -> SocketAddr {

@@ -129,7 +129,7 @@ fn agent(issuer: &Issuer, name: &str) -> Result<Own> {
 pub(crate) fn credential(issuer: &Issuer, name: &str) -> Result<Credential> {
     let key = Key::generate()?;
     let csr = Csr::check(&Csr::make(&key)?)?;
-    let issued = issuer.sign_agent(&Name::parse(name)?, &csr, Clock::system().now())?;
+    let issued = issuer.sign_agent(&Name::parse(name)?, None, &csr, Clock::system().now())?;
     let mut chain = String::new();
     for certificate in issued.chain {
         let text = base64::engine::general_purpose::STANDARD.encode(certificate);

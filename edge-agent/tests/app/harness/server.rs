@@ -112,7 +112,7 @@ impl Server {
                 per_address_per_minute: 1000.try_into().unwrap(),
                 per_second: 100.try_into().unwrap(),
             };
-            let service = EnrollService::new(ca.issuer(), opened, Clock::system(), limits);
+            let service = EnrollService::new(ca.issuer(), opened, Clock::system(), limits, None);
             tasks.spawn(
                 "enrol",
                 enrol(

@@ -81,6 +81,7 @@ const fn description(reason: Reason) -> u8 {
         | Reason::IdentityMismatch
         | Reason::Tls
         | Reason::Unreachable
+        | Reason::NodeGone
         | Reason::Overloaded
         | Reason::DialRefused
         | Reason::DialTimeout
