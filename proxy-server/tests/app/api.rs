@@ -20,6 +20,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use tokens::Issued;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -27,6 +28,8 @@ use tokio::task::JoinSet;
 // Named, as the lab has this file too.
 #[path = "api/objects.rs"]
 mod objects;
+#[path = "api/tokens.rs"]
+pub(crate) mod tokens;
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -54,10 +57,12 @@ struct State {
     nodes: BTreeMap<String, Value>,
     log: Vec<(u64, Value)>,
     mood: Mood,
-    /// Requests, as `list`, `list+` (a further page), `node` (of that name), `watch`, and of other objects `get`, `create` and `write`.
+    /// Requests, as `list`, `list+` (a further page), `node` (of that name), `watch`, and of other objects `get`, `create`, `write` and
+    /// `tokenreview`.
     seen: Vec<&'static str>,
     /// Other objects, by path.
     objects: BTreeMap<String, Value>,
+    tokens: BTreeMap<String, Issued>,
 }
 
 /// The API. Dropping it cuts all its connections.
@@ -78,6 +83,7 @@ impl Api {
             mood: Mood::Well,
             seen: Vec::new(),
             objects: BTreeMap::new(),
+            tokens: BTreeMap::new(),
         };
         let mut api = Self {
             state: Arc::new(Mutex::new(state)),

@@ -15,6 +15,7 @@ mod cluster;
 mod connect;
 mod documented;
 mod drain;
+mod enrol;
 mod intercept;
 mod konnectivity;
 mod names;

@@ -1,4 +1,4 @@
-//! Objects that are read and written one by one: Leases, ConfigMaps, Services. Versions are kept as kube-apiserver does it:
+//! Objects that are read and written one by one: Leases, ConfigMaps, Services, Pods. Versions are kept as kube-apiserver does it:
 //! a write that names another than the present one is a conflict.
 
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::tokens::REVIEWS;
 use super::{Api, Body, Mood, State, status, whole};
 
 impl Api {
@@ -47,12 +48,16 @@ pub(super) async fn answer(
     let path = parts.uri.path();
     let mut state = state.lock();
     state.seen.push(match parts.method {
+        _ if path == REVIEWS => "tokenreview",
         Method::GET => "get",
         Method::POST => "create",
         _ => "write",
     });
     if let Mood::Status(code) = state.mood {
         return status(code);
+    }
+    if path == REVIEWS {
+        return whole(StatusCode::CREATED, &state.reviewed(body));
     }
     let held = state.objects.get(path).cloned();
     let same = |held: &Value| {
