@@ -1,6 +1,7 @@
 //! Enrolment and renewal: a signing request in, a chain out, over gRPC on 8443/tcp.
 //!
-//! * [`Enroll`](fn@enroll): a join token decides; the server is known by the pin of its authority.
+//! * [`Enroll`](fn@enroll): a join token decides, or the cluster that has given the agent a token ([`Vouch`]); the server
+//!   is known by the pin of its authority, or by its roots.
 //! * [`Renew`](renew): the certificate of the connection decides, which may be expired within a grace.
 //!
 //! The identity of a certificate never comes from its request. Every decision leaves an audit line
@@ -13,6 +14,7 @@ mod files;
 mod limit;
 mod reason;
 mod server;
+mod trust;
 mod vouch;
 mod watched;
 
@@ -21,7 +23,8 @@ pub use error::EnrollError;
 pub use files::{AgentFiles, AgentFilesError};
 pub use limit::EnrollLimits;
 pub use server::{EnrollService, ServeError};
-pub use vouch::{Answer, Vouch};
+pub use trust::{Proof, Trust};
+pub use vouch::{Answer, NotVouched, Vouch, Vouched, WhyNot};
 
 /// What the build script makes of enroll.proto; it never leaves this module.
 #[expect(

@@ -18,6 +18,7 @@ mod issuer;
 mod live;
 mod node_uid;
 mod renew;
+mod service_token;
 mod store;
 #[cfg(any(test, feature = "test-util"))]
 pub mod test_ca;
@@ -33,7 +34,7 @@ pub use credential::{Credential, CredentialError, Key, KeyError};
 pub use csr::{Csr, CsrError, KeyDigest, MAX_CSR};
 pub use enroll::{
     AgentFiles, AgentFilesError, Answer, EnrollError, EnrollLimits, EnrollRequest, EnrollService,
-    Enrolled, ServeError, Vouch, enroll, renew,
+    Enrolled, NotVouched, Proof, ServeError, Trust, Vouch, Vouched, WhyNot, enroll, renew,
 };
 pub use failure::HandshakeFailure;
 pub use identity::{Identity, IdentityError, Name, Role, SERVER_SNI, TrustDomain};
@@ -45,11 +46,13 @@ pub use live::LiveCredential;
 pub use node_uid::{NodeUid, NodeUidError};
 pub use renew::{renew_at, retry_after};
 pub use rustls_pki_types::UnixTime;
+pub use service_token::{ServiceAccountToken, ServiceAccountTokenError};
 pub use store::{MODE_PUBLIC, MODE_SECRET, StoreError, write_atomic};
 pub use tls_config::{
     ALPN_ENROLL, ALPN_TUNNEL, Own, TlsConfigError, enroll_client, enroll_client_pinned,
-    enroll_server, frontend_client, frontend_server, frontend_server_optional, provider,
-    tunnel_client, tunnel_client_quic, tunnel_server, tunnel_server_quic,
+    enroll_client_trusting, enroll_server, frontend_client, frontend_server,
+    frontend_server_optional, provider, tunnel_client, tunnel_client_quic, tunnel_server,
+    tunnel_server_quic,
 };
 pub use token::{AgentPattern, JoinToken, NoRandomness, PatternError, TokenError, fits};
 pub use token_store::{

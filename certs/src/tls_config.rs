@@ -20,7 +20,7 @@ use rustls::sign::CertifiedKey;
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 
-use crate::bundle::{LiveBundle, Pin};
+use crate::bundle::{LiveBundle, Pin, TrustBundle};
 use crate::clock::Clock;
 use crate::identity::{Role, TrustDomain};
 use crate::live::LiveCredential;
@@ -224,6 +224,23 @@ pub fn enroll_client_pinned(
 ) -> Result<Arc<ClientConfig>, TlsConfigError> {
     let verifier = Arc::new(PinnedVerifier::new(
         pin,
+        trust_domain.clone(),
+        clock.clone(),
+    ));
+    client(clock, verifier, None, &[ALPN_ENROLL])
+}
+
+/// The first enrolment: no certificate yet, and the server is known by its roots.
+///
+/// # Errors
+/// rustls refuses the configuration.
+pub fn enroll_client_trusting(
+    roots: TrustBundle,
+    trust_domain: &TrustDomain,
+    clock: &Clock,
+) -> Result<Arc<ClientConfig>, TlsConfigError> {
+    let verifier = Arc::new(ServerVerifier::of_roots(
+        roots,
         trust_domain.clone(),
         clock.clone(),
     ));

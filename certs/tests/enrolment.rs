@@ -16,8 +16,9 @@ use std::time::Duration;
 use certs::test_ca::{TestCa, TestLeaf, now};
 use certs::{
     AgentFiles, Answer, Clock, Credential, Csr, EnrollError, EnrollLimits, EnrollRequest,
-    EnrollService, Enrolled, HandshakeFailure, JoinToken, Key, Name, NewToken, NodeUid, Own, Pin,
-    Revocations, Role, ServeError, Store, TrustDomain, Vouch,
+    EnrollService, Enrolled, HandshakeFailure, JoinToken, Key, Name, NewToken, NodeUid, NotVouched,
+    Own, Pin, Proof, Revocations, Role, ServeError, ServiceAccountToken, Store, Trust, TrustBundle,
+    TrustDomain, Vouch, Vouched, WhyNot,
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
@@ -121,17 +122,38 @@ impl Agent {
             .await
     }
 
+    async fn enroll_trusting(
+        &self,
+        server: &Server,
+        roots: TrustBundle,
+        token: &ServiceAccountToken,
+    ) -> Result<Enrolled, EnrollError> {
+        let proof = Proof::ServiceAccount(token.clone());
+        self.enroll_by(server.address, &Trust::Bundle(roots), &proof)
+            .await
+    }
+
     async fn enroll_pinned(
         &self,
         server: SocketAddr,
         pin: Pin,
         token: &JoinToken,
     ) -> Result<Enrolled, EnrollError> {
+        self.enroll_by(server, &Trust::Pin(pin), &Proof::Join(token.clone()))
+            .await
+    }
+
+    async fn enroll_by(
+        &self,
+        server: SocketAddr,
+        trust: &Trust,
+        proof: &Proof,
+    ) -> Result<Enrolled, EnrollError> {
         let trust_domain = TrustDomain::default();
         certs::enroll(&EnrollRequest {
             server,
-            pin,
-            token,
+            trust,
+            proof,
             name: &self.name,
             trust_domain: &trust_domain,
             files: &self.files,
@@ -532,14 +554,43 @@ async fn a_leaf_that_expired_beyond_the_grace_is_not() {
     );
 }
 
-/// A cluster with one node.
+/// A cluster with one node, and a pod there whose token is `a.b.c`.
 #[derive(Debug)]
 struct OneNode {
     name: &'static str,
     uid: &'static str,
 }
 
+impl OneNode {
+    const TOKEN: &'static str = "a.b.c";
+}
+
 impl Vouch for OneNode {
+    fn vouch<'a>(
+        &'a self,
+        token: &'a ServiceAccountToken,
+    ) -> Answer<'a, Result<Vouched, NotVouched>> {
+        let answer = match token.expose() {
+            Self::TOKEN => Ok(Vouched {
+                name: Name::parse(self.name).unwrap(),
+                node_uid: self.uid.parse().unwrap(),
+                workload: "a pod".to_owned(),
+            }),
+            other => {
+                let why = match other {
+                    "not.taken.here" => WhyNot::NotTaken,
+                    "other.account.x" => WhyNot::OtherAccount,
+                    "not.running.x" => WhyNot::NotRunning,
+                    "node.gone.x" => WhyNot::NodeGone,
+                    "api.away.x" => WhyNot::Unavailable,
+                    _ => WhyNot::Refused,
+                };
+                Err(why.because("for the audit"))
+            }
+        };
+        Box::pin(async move { answer })
+    }
+
     fn is_gone<'a>(&'a self, name: &'a Name, uid: &'a NodeUid) -> Answer<'a, bool> {
         let there = (name.as_str(), uid.as_str()) == (self.name, self.uid);
         Box::pin(async move { !there })
@@ -573,6 +624,83 @@ async fn a_renewed_leaf_is_of_the_same_node_and_none_is_given_once_that_is_gone(
     let renewed = edge1.renew(&server, outside).await.unwrap();
     let peer = certs::peer(renewed.credential.chain()).unwrap();
     assert_eq!(peer.node_uid, None);
+}
+
+#[tokio::test]
+async fn whom_a_cluster_vouches_for_gets_the_certificate_of_its_node_and_no_other() {
+    const UID: &str = "6f1c5b0e-9d1f-4c5e-8a55-0123456789ab";
+    let cluster = OneNode {
+        name: "edge1",
+        uid: UID,
+    };
+    let limits = EnrollLimits::default();
+    let server = Server::of_cluster(TestCa::new(), limits, Some(Arc::new(cluster))).await;
+    let token = |text: &str| text.parse::<ServiceAccountToken>().unwrap();
+    let good = token(OneNode::TOKEN);
+    // Any of the roots will do, as during a rotation.
+    let roots = TestCa::new().bundle().merge(&server.ca.bundle()).unwrap();
+    let agent = Agent::new("edge1");
+    // As often as it likes: what it gets is always the same node's.
+    for _ in 0..2 {
+        let enrolled = agent
+            .enroll_trusting(&server, roots.clone(), &good)
+            .await
+            .unwrap();
+        let peer = certs::peer(enrolled.credential.chain()).unwrap();
+        assert_eq!(peer.identity.name.as_str(), "edge1");
+        assert_eq!(peer.node_uid.unwrap().as_str(), UID);
+        assert_eq!(enrolled.bundle.pins(), [server.ca.pin()]);
+    }
+    let other = Agent::new("edge2")
+        .enroll_trusting(&server, roots.clone(), &good)
+        .await;
+    assert!(matches!(other, Err(EnrollError::OtherNode)), "{other:?}");
+
+    for (text, is_final) in [
+        ("not.taken.here", true),
+        ("other.account.x", true),
+        ("not.running.x", false),
+        ("node.gone.x", false),
+        ("api.away.x", false),
+        ("ref.us.ed", false),
+    ] {
+        let refused = agent
+            .enroll_trusting(&server, roots.clone(), &token(text))
+            .await
+            .unwrap_err();
+        let named = match text {
+            "not.taken.here" => matches!(refused, EnrollError::NoServiceAccounts),
+            "other.account.x" => matches!(refused, EnrollError::OtherAccount),
+            "not.running.x" => matches!(refused, EnrollError::NotRunning),
+            "node.gone.x" => matches!(refused, EnrollError::NodeGone),
+            "api.away.x" => matches!(refused, EnrollError::ClusterUnavailable),
+            _ => matches!(refused, EnrollError::ServiceAccountRefused),
+        };
+        assert!(
+            named && refused.is_final() == is_final,
+            "{text}: {refused:?}"
+        );
+    }
+
+    server.store.revoke_agent(&agent.name, now()).unwrap();
+    let refused = agent.enroll_trusting(&server, roots, &good).await;
+    assert!(matches!(refused, Err(EnrollError::Revoked)), "{refused:?}");
+
+    // A server whose roots are others sees no token; one without a cluster takes none.
+    let strangers = TestCa::new().bundle();
+    let refused = agent.enroll_trusting(&server, strangers, &good).await;
+    let Err(EnrollError::Handshake { failure, .. }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(failure, HandshakeFailure::UnknownIssuer);
+    let alone = Server::start().await;
+    let refused = agent
+        .enroll_trusting(&alone, alone.ca.bundle(), &good)
+        .await;
+    assert!(
+        matches!(refused, Err(EnrollError::NoServiceAccounts)),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use crate::metrics::{AgentMetrics, Gauges};
 use crate::own::OwnAddresses;
 use crate::policy::Policy;
 use crate::registry::Registry;
-use crate::reload::{ConfigSource, Operators, Reloading};
+use crate::reload::{ConfigSource, Operators, Reloading, Roots};
 use crate::resolve::Resolver;
 use crate::serve::Serving;
 use crate::session::{self, Terms};
@@ -209,11 +209,19 @@ impl Bound {
         let background = &groups.background;
         let (renewals, renewed) = watch::channel(0);
         let (gone, told_gone) = watch::channel(String::new());
+        let reload = || {
+            let source = self.source.as_ref();
+            source.map_or_else(Reload::never, |source| source.reload.clone())
+        };
+        if let Some(file) = enrolment.ca_file() {
+            let roots = Roots {
+                file: file.clone(),
+                bundle: own.bundle.clone(),
+                metrics: self.agent_metrics.clone(),
+            };
+            background.critical("roots", roots.run(self.watching, reload()));
+        }
         if enrolment.operators().is_some() {
-            let reload = self
-                .source
-                .as_ref()
-                .map_or_else(Reload::never, |s| s.reload.clone());
             let metrics = self.agent_metrics.clone();
             let operators = Operators {
                 enrolment,
@@ -222,7 +230,7 @@ impl Bound {
                 renewed: renewals,
                 metrics,
             };
-            background.critical("credential", operators.run(self.watching, reload));
+            background.critical("credential", operators.run(self.watching, reload()));
         } else {
             background.critical("renewal", enrolment.keep_renewed(own, renewals, told_gone));
         }

@@ -16,8 +16,8 @@ use crate::config::Overrides;
     long_about = "The edge side of a Corvid tunnel.\n\n\
         It dials out to proxy-servers over QUIC (8443/udp) and lets them reach this node: its kubelet and node \
         exporter, and what the configuration allows beside. It needs no open port and no privileges.\n\n\
-        A new agent enrols with a join token, which `proxy-server token create` prints, and renews its certificate \
-        by itself from then on.",
+        A new agent enrols with a join token, which `proxy-server token create` prints, or in a pod with its \
+        ServiceAccount token, and renews its certificate by itself from then on.",
     after_long_help = "Examples:\n  \
         edge-agent check-config --config /etc/corvid/edge-agent.yaml\n  \
         CORVID_JOIN_TOKEN=abcdef.0123456789abcdef CORVID_CA_PIN=sha256:… edge-agent run --server proxy.example.com:8443\n  \
@@ -73,9 +73,15 @@ pub struct Settings {
     /// File with the join token; read anew at each attempt.
     #[arg(long, value_name = "FILE", env = "CORVID_JOIN_TOKEN_FILE")]
     pub join_token_file: Option<PathBuf>,
+    /// File with a projected ServiceAccount token, for agents in pods; read anew at each attempt.
+    #[arg(long, value_name = "FILE", env = "CORVID_SERVICE_ACCOUNT_TOKEN_FILE")]
+    pub service_account_token_file: Option<PathBuf>,
     /// Pin of the proxy-server's authority, as `proxy-server cert show` prints it.
     #[arg(long, value_name = "sha256:HEX", env = "CORVID_CA_PIN")]
     pub ca_pin: Option<String>,
+    /// File with the roots of the proxy-server's authority, in place of the pin; followed when it changes.
+    #[arg(long, value_name = "FILE", env = "CORVID_CA_FILE")]
+    pub ca_file: Option<PathBuf>,
     /// Filter of the log, such as `info` or `warn,edge_agent=debug`.
     #[arg(long, value_name = "FILTER", env = "CORVID_LOG_LEVEL")]
     pub log_level: Option<String>,
@@ -114,7 +120,9 @@ impl Settings {
                 .collect(),
             join_token: join_token.map(Into::into),
             join_token_file: self.join_token_file.clone(),
+            service_account_token_file: self.service_account_token_file.clone(),
             ca_pin: self.ca_pin.clone(),
+            ca_file: self.ca_file.clone(),
             log_format: self.log_format,
             log_level: self.log_level.clone(),
         }

@@ -63,22 +63,33 @@ pub struct Config {
     pub log_level: String,
 }
 
-/// A join token and the authority to expect.
+/// A token and the authority to expect.
 #[derive(Debug, Clone)]
 pub struct Join {
     /// Where the token is.
     pub token: TokenSource,
-    /// Pin of the proxy-server's authority.
-    pub pin: Pin,
+    /// By what the proxy-server's authority is known.
+    pub anchor: Anchor,
 }
 
-/// Where a join token is.
+/// By what the proxy-server's authority is known at first.
+#[derive(Debug, Clone)]
+pub enum Anchor {
+    /// The pin of its key.
+    Pin(Pin),
+    /// A file with its roots, PEM, that somebody keeps current; followed while the agent runs.
+    File(PathBuf),
+}
+
+/// Where a token is.
 #[derive(Debug, Clone)]
 pub enum TokenSource {
     /// In a file, read anew at each attempt, so that an operator can replace it.
     File(PathBuf),
     /// Given.
     Value(SecretString),
+    /// A projected ServiceAccount token, which the kubelet replaces; read anew at each attempt.
+    ServiceAccount(PathBuf),
 }
 
 /// Files of a credential that somebody else issues and renews; reloaded on change.
@@ -165,8 +176,12 @@ pub struct Overrides {
     pub join_token: Option<SecretString>,
     /// `join.tokenFile`
     pub join_token_file: Option<PathBuf>,
+    /// `join.serviceAccountTokenFile`
+    pub service_account_token_file: Option<PathBuf>,
     /// `join.caPin`
     pub ca_pin: Option<String>,
+    /// `join.caFile`
+    pub ca_file: Option<PathBuf>,
     /// `log.format`
     pub log_format: Option<LogFormat>,
     /// `log.level`

@@ -1,16 +1,17 @@
-//! Who the agent is: its credential loaded, asked for with a join token, and renewed in place.
+//! Who the agent is: its credential loaded, asked for with a token, and renewed in place.
 //!
 //! Invariant: what works goes on working. A renewal that fails leaves the credential that is, and one that can't be
 //! kept on disk is used all the same.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use certs::{
-    AgentFiles, Clock, Credential, EnrollError, EnrollRequest, Enrolled, Identity, JoinToken,
-    LiveBundle, LiveCredential, Own, Role, TrustBundle,
+    AgentFiles, Clock, Credential, EnrollError, EnrollRequest, Enrolled, Identity, LiveBundle,
+    LiveCredential, Own, Proof, Role, Trust, TrustBundle,
 };
 use daemon::chain;
 use secrecy::ExposeSecret;
@@ -19,7 +20,7 @@ use tokio::time::sleep;
 
 use crate::backoff::{Backoff, obey};
 use crate::candidate::Candidates;
-use crate::config::{Config, CredentialFiles, Join, TokenSource};
+use crate::config::{Anchor, Config, CredentialFiles, Join, TokenSource};
 use crate::error::{AppError, JoinError};
 use crate::metrics::{AgentMetrics, ResultLabel};
 
@@ -116,7 +117,37 @@ impl Enrolment {
             };
         };
         self.check(&credential)?;
+        // What is mounted is newer than what was kept, or as old.
+        let bundle = match self.mounted() {
+            Some(Ok(mounted)) => mounted,
+            Some(Err(error)) => {
+                tracing::warn!(error = %chain(&error), "the kept trust bundle is used");
+                bundle
+            }
+            None => bundle,
+        };
         Ok(Some(self.own(credential, bundle)))
+    }
+
+    /// The file with the roots to trust, if there is one.
+    pub(crate) fn ca_file(&self) -> Option<&PathBuf> {
+        match &self.join.as_ref()?.anchor {
+            Anchor::File(file) => Some(file),
+            Anchor::Pin(_) => None,
+        }
+    }
+
+    fn mounted(&self) -> Option<Result<TrustBundle, JoinError>> {
+        self.ca_file().map(|file| roots(file))
+    }
+
+    /// What is trusted from now on, given that bundle: what is mounted stays trusted beside it. A file that is behind
+    /// the servers, or ahead of the one that answered, thus cuts nobody off.
+    fn with_mounted(&self, given: TrustBundle) -> TrustBundle {
+        let mounted = self.mounted().and_then(Result::ok);
+        mounted
+            .and_then(|mounted| given.merge(&mounted).ok())
+            .unwrap_or(given)
     }
 
     /// Reads the operator's files and checks them.
@@ -161,7 +192,10 @@ impl Enrolment {
         let mut last = None;
         loop {
             let error = match self.join_once().await {
-                Ok(enrolled) => return self.own(enrolled.credential, enrolled.bundle),
+                Ok(enrolled) => {
+                    let bundle = self.with_mounted(enrolled.bundle);
+                    return self.own(enrolled.credential, bundle);
+                }
                 Err(error) => error,
             };
             let random = rand::random();
@@ -193,13 +227,13 @@ impl Enrolment {
         let Some(join) = &self.join else {
             return Err(JoinError::NoAddress);
         };
-        let token = token(&join.token)?;
+        let (trust, proof) = (trust(&join.anchor)?, proof(&join.token)?);
         let mut last = JoinError::NoAddress;
         for server in self.candidates.refresh().await {
             let request = EnrollRequest {
                 server,
-                pin: join.pin,
-                token: &token,
+                trust: &trust,
+                proof: &proof,
                 name: &self.identity.name,
                 trust_domain: &self.identity.trust_domain,
                 files: &self.files,
@@ -303,7 +337,7 @@ impl Enrolment {
             };
             self.metrics.renewals.get_or_create(&ResultLabel::OK).inc();
             self.expiry.set(&enrolled.credential);
-            own.bundle.replace(enrolled.bundle);
+            own.bundle.replace(self.with_mounted(enrolled.bundle));
             own.credential.replace(enrolled.credential);
             renewed.send_modify(|count| *count += 1);
         }
@@ -327,17 +361,37 @@ async fn due(own: &Own, at: u64) {
     }
 }
 
-fn token(source: &TokenSource) -> Result<JoinToken, JoinError> {
+fn trust(anchor: &Anchor) -> Result<Trust, JoinError> {
+    match anchor {
+        Anchor::Pin(pin) => Ok(Trust::Pin(*pin)),
+        Anchor::File(file) => Ok(Trust::Bundle(roots(file)?)),
+    }
+}
+
+/// Reads a file of roots.
+pub(crate) fn roots(file: &Path) -> Result<TrustBundle, JoinError> {
+    TrustBundle::load(file).map_err(|source| JoinError::CaFile {
+        file: file.to_owned(),
+        source: source.into(),
+    })
+}
+
+fn proof(source: &TokenSource) -> Result<Proof, JoinError> {
+    let read = |file: &Path| {
+        fs::read_to_string(file).map_err(|source| JoinError::TokenFile {
+            file: file.to_owned(),
+            source,
+        })
+    };
     match source {
-        TokenSource::Value(value) => Ok(value.expose_secret().trim().parse()?),
+        TokenSource::Value(value) => Ok(Proof::Join(value.expose_secret().trim().parse()?)),
         TokenSource::File(file) => {
-            let text = fs::read_to_string(file).map_err(|source| JoinError::TokenFile {
-                file: file.clone(),
-                source,
-            })?;
+            let text = read(file)?;
             // What `proxy-server token create` prints may have been redirected whole.
-            Ok(text.lines().next().unwrap_or_default().trim().parse()?)
+            let line = text.lines().next().unwrap_or_default();
+            Ok(Proof::Join(line.trim().parse()?))
         }
+        TokenSource::ServiceAccount(file) => Ok(Proof::ServiceAccount(read(file)?.trim().parse()?)),
     }
 }
 

@@ -59,8 +59,9 @@ pub enum AppError {
     },
     /// Neither a credential nor a way to one.
     #[error(
-        "this agent has no certificate in {} and no join token: make one with `proxy-server token create` \
-         and give it as join.tokenFile and join.caPin (or CORVID_JOIN_TOKEN and CORVID_CA_PIN)",
+        "this agent has no certificate in {} and no token: make one with `proxy-server token create` \
+         and give it as join.tokenFile and join.caPin (or CORVID_JOIN_TOKEN and CORVID_CA_PIN); \
+         in a pod, give join.serviceAccountTokenFile and join.caFile",
         dir.display()
     )]
     NotEnrolled {
@@ -104,7 +105,7 @@ impl AppError {
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
     /// The token file can't be read.
-    #[error("read the join token from {}", file.display())]
+    #[error("read the token from {}", file.display())]
     TokenFile {
         /// The file.
         file: PathBuf,
@@ -115,6 +116,18 @@ pub enum JoinError {
     /// What was given is no token.
     #[error("read the join token")]
     Token(#[from] certs::TokenError),
+    /// What was given is no ServiceAccount token.
+    #[error("read the ServiceAccount token")]
+    ServiceAccountToken(#[from] certs::ServiceAccountTokenError),
+    /// The roots to expect can't be read.
+    #[error("read the trust bundle {}", file.display())]
+    CaFile {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<BundleError>,
+    },
     /// No server has an address.
     #[error("none of the servers has an address")]
     NoAddress,
@@ -136,14 +149,19 @@ impl JoinError {
         match self {
             Self::Server { source, .. } => source.is_final(),
             Self::TokenFile { .. } | Self::Token(_) => true,
-            Self::NoAddress => false,
+            // Both are replaced by the kubelet.
+            Self::ServiceAccountToken(_) | Self::CaFile { .. } | Self::NoAddress => false,
         }
     }
 
     pub(crate) const fn server_error(&self) -> Option<&EnrollError> {
         match self {
             Self::Server { source, .. } => Some(source),
-            Self::TokenFile { .. } | Self::Token(_) | Self::NoAddress => None,
+            Self::TokenFile { .. }
+            | Self::Token(_)
+            | Self::ServiceAccountToken(_)
+            | Self::CaFile { .. }
+            | Self::NoAddress => None,
         }
     }
 }

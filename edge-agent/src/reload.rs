@@ -1,18 +1,18 @@
-//! What changes while the agent runs: servers, policy and log level from the configuration file, and the operator's
-//! credential files. Sessions and streams are not touched.
+//! What changes while the agent runs: servers, policy and log level from the configuration file, the operator's
+//! credential files, and the roots to trust where a file says them. Sessions and streams are not touched.
 //!
 //! Invariant: what is wrong is refused as a whole, logged and counted, and what was stays.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use certs::{Credential, Own, TrustBundle};
+use certs::{Credential, LiveBundle, Own, TrustBundle};
 use daemon::{Change, LogHandle, Reload, Watch, WatchOptions, chain};
 use tokio::sync::watch;
 
 use crate::candidate::Candidates;
 use crate::config::{self, Config, Overrides};
-use crate::enroll::{Enrolment, Expiry};
+use crate::enroll::{Enrolment, Expiry, roots};
 use crate::metrics::{AgentMetrics, ResultLabel};
 use crate::policy::Policy;
 use crate::serve::Serving;
@@ -82,6 +82,36 @@ impl Reloading {
         }
         tracing::info!(file = %self.source.file.display(), "configuration reloaded");
         self.config = new;
+    }
+}
+
+/// The file with the roots to trust.
+pub(crate) struct Roots {
+    pub(crate) file: PathBuf,
+    pub(crate) bundle: LiveBundle,
+    pub(crate) metrics: AgentMetrics,
+}
+
+impl Roots {
+    /// Watches the file, for ever. What it says is trusted from the next handshake on, and nothing else.
+    #[expect(clippy::infinite_loop, reason = "ends with its task")]
+    pub(crate) async fn run(self, options: WatchOptions, reload: Reload) {
+        let mut watch = Watch::new([self.file.clone()], options, reload);
+        loop {
+            let _change: Change = watch.changed().await;
+            let result = match roots(&self.file) {
+                Ok(bundle) => {
+                    tracing::info!(roots = ?bundle.pins(), "trust bundle reloaded");
+                    self.bundle.replace(bundle);
+                    ResultLabel::OK
+                }
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), "trust bundle refused, the old one stays");
+                    ResultLabel::ERROR
+                }
+            };
+            self.metrics.reloads.get_or_create(&result).inc();
+        }
     }
 }
 

@@ -23,7 +23,9 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, stream_limits};
-use crate::cluster::{Cluster, Publisher, Questions, Source as ClusterSource, Standing, Watch};
+use crate::cluster::{
+    Cluster, Publisher, Questions, Source as ClusterSource, Standing, Tokens, Watch,
+};
 use crate::config::{Config, Mark};
 use crate::enrolment::{Authority, Enrolment};
 use crate::limits::Limits;
@@ -220,13 +222,10 @@ impl App {
         }
         forwarder.own.store(Arc::new(own));
         let stop_enrolment = CancellationToken::new();
-        let enrolment = Enrolment::new(
-            &authority,
-            &config,
-            standing.clone(),
-            stop_enrolment.clone(),
-        )
-        .context("TLS of the enrolment")?;
+        let enrol = config.kubernetes.as_ref().and_then(|k| k.enrol.clone());
+        let nodes = standing.clone().map(|standing| Tokens { standing, enrol });
+        let enrolment = Enrolment::new(&authority, &config, nodes, stop_enrolment.clone())
+            .context("TLS of the enrolment")?;
         Ok(Bound {
             backend: endpoints
                 .iter()

@@ -31,6 +31,7 @@ pub mod nodes;
 mod questions;
 mod standing;
 mod table;
+mod tokens;
 mod watch;
 
 use std::sync::Arc;
@@ -45,6 +46,7 @@ use parking_lot::Mutex;
 pub(crate) use questions::Questions;
 pub(crate) use standing::{Standing, Verdict};
 pub use table::ClusterTable;
+pub(crate) use tokens::Tokens;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::Instant;
 pub(crate) use watch::Watch;

@@ -6,6 +6,7 @@ mod allow;
 mod check;
 mod direct;
 mod dns;
+mod enrol;
 mod frontend;
 mod kubernetes;
 
@@ -19,6 +20,7 @@ use daemon::{ByteSize, ConfigError, Listen, LogFormat};
 pub use direct::{Direct, Mark};
 pub(crate) use dns::is_subdomain;
 pub use dns::{Dns, LeaseTimes, ObjectName};
+pub use enrol::Enrol;
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
 pub use kubernetes::{Kubernetes, NAMESPACE, Pool, Selector};

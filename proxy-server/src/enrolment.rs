@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::Standing;
+use crate::cluster::Tokens;
 use crate::config::Config;
 use crate::metrics::{CertificateLabels, Metrics};
 
@@ -158,7 +158,7 @@ impl Enrolment {
     pub(crate) fn new(
         authority: &Authority,
         config: &Config,
-        nodes: Option<Arc<Standing>>,
+        nodes: Option<Tokens>,
         stop: CancellationToken,
     ) -> Result<Self, certs::TlsConfigError> {
         let tls = certs::enroll_server(
@@ -171,7 +171,7 @@ impl Enrolment {
             authority.store.clone(),
             authority.own.clock.clone(),
             EnrollLimits::default(),
-            nodes.map(|nodes| nodes as Arc<dyn Vouch>),
+            nodes.map(|nodes| Arc::new(nodes) as Arc<dyn Vouch>),
         );
         Ok(Self {
             service,

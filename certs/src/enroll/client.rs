@@ -8,7 +8,6 @@ use std::time::Duration;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls_pki_types::{ServerName, UnixTime};
-use secrecy::ExposeSecret as _;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -22,8 +21,9 @@ use super::files::AgentFiles;
 use super::pb::enrollment_client::EnrollmentClient;
 use super::pb::{self, CertificateResponse};
 use super::reason::Refusal;
+use super::trust::{Proof, Trust};
 use super::watched::Watched;
-use crate::bundle::{Pin, TrustBundle, certificates};
+use crate::bundle::{TrustBundle, certificates};
 use crate::clock::{Clock, from_secs};
 use crate::credential::{Credential, Key, next_key_path};
 use crate::csr::Csr;
@@ -31,7 +31,6 @@ use crate::failure::HandshakeFailure;
 use crate::identity::{Identity, Name, Role, SERVER_SNI, TrustDomain};
 use crate::store::{self, StoreError};
 use crate::tls_config::{self, Own};
-use crate::token::JoinToken;
 use crate::verify::{Peer, PeerError, tls_peer};
 
 /// For TCP's connect: three SYNs.
@@ -47,9 +46,9 @@ pub struct EnrollRequest<'a> {
     /// The server's address, 8443/tcp.
     pub server: SocketAddr,
     /// By what its authority is known.
-    pub pin: Pin,
+    pub trust: &'a Trust,
     /// What entitles us.
-    pub token: &'a JoinToken,
+    pub proof: &'a Proof,
     /// The name to be certified.
     pub name: &'a Name,
     /// The realm the server must belong to.
@@ -88,12 +87,9 @@ pub async fn enroll(request: &EnrollRequest<'_>) -> Result<Enrolled, EnrollError
         Key::load_or_create(&next_key_path(&files.key()))
     })
     .await??;
-    let tls = tls_config::enroll_client_pinned(request.pin, request.trust_domain, request.clock)?;
-    let call = Call::Enroll(pb::EnrollRequest {
-        token: request.token.expose().expose_secret().to_owned(),
-        agent_name: request.name.to_string(),
-        csr: Csr::make(&key)?,
-    });
+    let tls = request.trust.tls(request.trust_domain, request.clock)?;
+    let (name, csr) = (request.name.to_string(), Csr::make(&key)?);
+    let call = Call::Enroll(request.proof.request(name, csr));
     let (response, server) = Box::pin(exchange(request.server, tls, call)).await?;
     let identity = Identity::new(
         request.trust_domain.clone(),
@@ -101,8 +97,8 @@ pub async fn enroll(request: &EnrollRequest<'_>) -> Result<Enrolled, EnrollError
         request.name.clone(),
     );
     let enrolled = accept(&response, &server, &key, &identity, request.clock)?;
-    if !enrolled.bundle.pins().contains(&request.pin) {
-        return Err(EnrollError::BundleWithoutPin);
+    if !request.trust.agrees_with(&enrolled.bundle) {
+        return Err(EnrollError::OtherBundle);
     }
     Ok(keep(enrolled, request.files).await)
 }
@@ -283,10 +279,16 @@ impl Failed {
             },
             Self::Status(status) => match Refusal::of(&status) {
                 Some(Refusal::BadRequest | Refusal::NoCertificate) => EnrollError::BadRequest,
+                Some(Refusal::ClusterUnavailable) => EnrollError::ClusterUnavailable,
                 Some(Refusal::NameNotAllowed) => EnrollError::NameNotAllowed,
                 Some(Refusal::NodeGone) => EnrollError::NodeGone,
+                Some(Refusal::NoServiceAccounts) => EnrollError::NoServiceAccounts,
+                Some(Refusal::NotRunning) => EnrollError::NotRunning,
+                Some(Refusal::OtherAccount) => EnrollError::OtherAccount,
+                Some(Refusal::OtherNode) => EnrollError::OtherNode,
                 Some(Refusal::RateLimited { after }) => EnrollError::RateLimited { after },
                 Some(Refusal::Revoked) => EnrollError::Revoked,
+                Some(Refusal::ServiceAccountRefused) => EnrollError::ServiceAccountRefused,
                 Some(Refusal::TokenExpired) => EnrollError::TokenExpired,
                 Some(Refusal::TokenUsedUp) => EnrollError::TokenUsedUp,
                 Some(Refusal::Unavailable) => EnrollError::Unavailable,

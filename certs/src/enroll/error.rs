@@ -28,6 +28,28 @@ pub enum EnrollError {
     /// Its pattern is another.
     #[error("the join token is not for an agent of this name")]
     NameNotAllowed,
+    /// Its `kubernetes.enrol` is not set.
+    #[error("this server takes no ServiceAccount tokens: its operator sets kubernetes.enrol")]
+    NoServiceAccounts,
+    /// Expired, for another audience, of another cluster, or its pod is deleted. The kubelet brings a new one.
+    #[error(
+        "the cluster does not accept the ServiceAccount token: it has expired, its audience or cluster is another, or its pod is deleted"
+    )]
+    ServiceAccountRefused,
+    /// Of another namespace or name.
+    #[error("the ServiceAccount token is not of the account that enrols agents")]
+    OtherAccount,
+    /// Its pod has ended, or is not where the token says.
+    #[error("the ServiceAccount token's pod does not run, or not on the node that the token says")]
+    NotRunning,
+    /// The pod is on another node than the one whose name was asked for.
+    #[error(
+        "the ServiceAccount token is of a pod on another node: set `name` (CORVID_NAME) to the name of this pod's node"
+    )]
+    OtherNode,
+    /// kube-apiserver does not answer the server.
+    #[error("the server can't ask the cluster about the ServiceAccount token at the moment")]
+    ClusterUnavailable,
     /// By the operator; `proxy-server agent allow` takes it back.
     #[error("this agent is revoked")]
     Revoked,
@@ -103,8 +125,8 @@ pub enum EnrollError {
     #[error("use the trust bundle that the server sent")]
     Bundle(#[source] BundleError),
     /// The roots that were sent don't vouch for the server that sent them.
-    #[error("the trust bundle that the server sent lacks the pinned authority")]
-    BundleWithoutPin,
+    #[error("the trust bundle that the server sent lacks the authority by which it is known")]
+    OtherBundle,
     /// The PEM that was sent is broken.
     #[error("read the certificate that the server sent")]
     Pem(#[source] rustls_pki_types::pem::Error),
@@ -144,12 +166,18 @@ impl EnrollError {
             | Self::TokenExpired
             | Self::TokenUsedUp
             | Self::NameNotAllowed
+            | Self::NoServiceAccounts
+            | Self::OtherAccount
+            | Self::OtherNode
             | Self::Revoked
             | Self::TooLate
             | Self::PinMismatch
             | Self::BadRequest
             | Self::Tls(_) => true,
             Self::NodeGone
+            | Self::ServiceAccountRefused
+            | Self::NotRunning
+            | Self::ClusterUnavailable
             | Self::RateLimited { .. }
             | Self::Clock
             | Self::Handshake { .. }
@@ -160,7 +188,7 @@ impl EnrollError {
             | Self::Credential(_)
             | Self::OtherIdentity(_)
             | Self::Bundle(_)
-            | Self::BundleWithoutPin
+            | Self::OtherBundle
             | Self::Pem(_)
             | Self::Peer(_)
             | Self::Key(_)

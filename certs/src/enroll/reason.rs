@@ -13,11 +13,17 @@ const RETRY_AFTER: &str = "corvid-retry-after";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
     BadRequest,
+    ClusterUnavailable,
     NameNotAllowed,
     NoCertificate,
     NodeGone,
+    NoServiceAccounts,
+    NotRunning,
+    OtherAccount,
+    OtherNode,
     RateLimited { after: Duration },
     Revoked,
+    ServiceAccountRefused,
     TokenExpired,
     TokenUsedUp,
     Unavailable,
@@ -28,11 +34,17 @@ impl Refusal {
     pub(super) const fn label(self) -> &'static str {
         match self {
             Self::BadRequest => "bad_request",
+            Self::ClusterUnavailable => "cluster_unavailable",
             Self::NameNotAllowed => "name_not_allowed",
             Self::NoCertificate => "no_certificate",
             Self::NodeGone => "node_gone",
+            Self::NoServiceAccounts => "no_service_accounts",
+            Self::NotRunning => "not_running",
+            Self::OtherAccount => "other_account",
+            Self::OtherNode => "other_node",
             Self::RateLimited { .. } => "rate_limited",
             Self::Revoked => "revoked",
+            Self::ServiceAccountRefused => "service_account_refused",
             Self::TokenExpired => "token_expired",
             Self::TokenUsedUp => "token_used_up",
             Self::Unavailable => "unavailable",
@@ -43,6 +55,7 @@ impl Refusal {
     const fn code_and_message(self) -> (Code, &'static str) {
         match self {
             Self::BadRequest => (Code::InvalidArgument, "the request is malformed"),
+            Self::ClusterUnavailable => (Code::Unavailable, "the cluster does not answer"),
             Self::NameNotAllowed => (
                 Code::PermissionDenied,
                 "the join token is not for this name",
@@ -55,8 +68,28 @@ impl Refusal {
                 Code::PermissionDenied,
                 "the certificate's node is no longer in the cluster",
             ),
+            Self::NoServiceAccounts => (
+                Code::FailedPrecondition,
+                "ServiceAccount tokens are not taken here",
+            ),
+            Self::NotRunning => (
+                Code::PermissionDenied,
+                "the token's pod does not run, or not where the token says",
+            ),
+            Self::OtherAccount => (
+                Code::PermissionDenied,
+                "the token is of another ServiceAccount",
+            ),
+            Self::OtherNode => (
+                Code::PermissionDenied,
+                "the token is of a pod on another node",
+            ),
             Self::RateLimited { .. } => (Code::ResourceExhausted, "too many requests"),
             Self::Revoked => (Code::PermissionDenied, "the agent is revoked"),
+            Self::ServiceAccountRefused => (
+                Code::Unauthenticated,
+                "the cluster does not accept the ServiceAccount token",
+            ),
             Self::TokenExpired => (Code::PermissionDenied, "the join token has expired"),
             Self::TokenUsedUp => (Code::PermissionDenied, "the join token is used up"),
             Self::Unavailable => (Code::Unavailable, "the server cannot certify now"),
@@ -68,13 +101,19 @@ impl Refusal {
     pub(super) fn of(status: &Status) -> Option<Self> {
         let all = [
             Self::BadRequest,
+            Self::ClusterUnavailable,
             Self::NameNotAllowed,
             Self::NoCertificate,
             Self::NodeGone,
+            Self::NoServiceAccounts,
+            Self::NotRunning,
+            Self::OtherAccount,
+            Self::OtherNode,
             Self::RateLimited {
                 after: retry_after(status.metadata()),
             },
             Self::Revoked,
+            Self::ServiceAccountRefused,
             Self::TokenExpired,
             Self::TokenUsedUp,
             Self::Unavailable,
@@ -118,11 +157,17 @@ mod tests {
         let after = Duration::from_secs(7);
         for refusal in [
             Refusal::BadRequest,
+            Refusal::ClusterUnavailable,
             Refusal::NameNotAllowed,
             Refusal::NoCertificate,
             Refusal::NodeGone,
+            Refusal::NoServiceAccounts,
+            Refusal::NotRunning,
+            Refusal::OtherAccount,
+            Refusal::OtherNode,
             Refusal::RateLimited { after },
             Refusal::Revoked,
+            Refusal::ServiceAccountRefused,
             Refusal::TokenExpired,
             Refusal::TokenUsedUp,
             Refusal::Unavailable,

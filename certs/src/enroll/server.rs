@@ -1,5 +1,6 @@
 //! The server's side: decides, signs, notes and audits.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,12 +19,13 @@ use super::limit::{EnrollLimits, Limiter};
 use super::pb::enrollment_server::{Enrollment, EnrollmentServer};
 use super::pb::{CertificateResponse, EnrollRequest, RenewRequest};
 use super::reason::Refusal;
-use super::vouch::Vouch;
+use super::vouch::{NotVouched, Vouch, WhyNot};
 use crate::clock::Clock;
 use crate::csr::Csr;
 use crate::identity::{Name, Role};
 use crate::issuer::Issuer;
 use crate::node_uid::NodeUid;
+use crate::service_token::ServiceAccountToken;
 use crate::token::JoinToken;
 use crate::token_store::{RedeemError, Store};
 use crate::verify::{Peer, tls_peer};
@@ -84,8 +86,8 @@ struct Caller {
 }
 
 impl EnrollService {
-    /// A service that signs with `issuer`, keeps its notes in `store`, and asks `nodes` about certificates with a
-    /// node's uid.
+    /// A service that signs with `issuer`, keeps its notes in `store`, and asks `nodes` about ServiceAccounts' tokens
+    /// and certificates with a node's uid.
     #[must_use]
     pub fn new(
         issuer: Arc<Issuer>,
@@ -170,6 +172,21 @@ impl EnrollService {
         note: &mut Note,
     ) -> Result<CertificateResponse, Refusal> {
         self.limit(caller)?;
+        match (
+            request.token.is_empty(),
+            request.service_account_token.is_empty(),
+        ) {
+            (_, true) => self.enroll_by_token(request, note).await,
+            (true, false) => self.enroll_node(request, note).await,
+            (false, false) => Err(Refusal::BadRequest),
+        }
+    }
+
+    async fn enroll_by_token(
+        &self,
+        request: EnrollRequest,
+        note: &mut Note,
+    ) -> Result<CertificateResponse, Refusal> {
         let token: Result<JoinToken, _> = request.token.parse();
         let Ok(token) = token else {
             return Err(Refusal::WrongToken);
@@ -188,6 +205,36 @@ impl EnrollService {
         self.sign(name, None, &csr, note).await
     }
 
+    /// Certifies the node that the token is of. What is cheap to find out comes first: the rest costs the cluster work.
+    async fn enroll_node(
+        &self,
+        request: EnrollRequest,
+        note: &mut Note,
+    ) -> Result<CertificateResponse, Refusal> {
+        let token: Result<ServiceAccountToken, _> = request.service_account_token.parse();
+        let (Ok(token), Ok(name)) = (token, Name::parse(&request.agent_name)) else {
+            return Err(Refusal::BadRequest);
+        };
+        note.agent = Some(name.clone());
+        let csr = check_csr(&request.csr)?;
+        let Some(nodes) = &self.shared.nodes else {
+            return Err(Refusal::NoServiceAccounts);
+        };
+        let vouched = nodes.vouch(&token).await;
+        let vouched = vouched.map_err(|error| not_vouched(error, note))?;
+        note.workload = Some(vouched.workload);
+        note.node_uid = Some(vouched.node_uid.clone());
+        if vouched.name != name {
+            note.detail = Some(format!("its node is {}", vouched.name).into());
+            return Err(Refusal::OtherNode);
+        }
+        if name.is_of_service() {
+            return Err(Refusal::NameNotAllowed);
+        }
+        self.unless_revoked(&name).await?;
+        self.sign(name, Some(&vouched.node_uid), &csr, note).await
+    }
+
     async fn do_renew(
         &self,
         caller: &Caller,
@@ -202,27 +249,33 @@ impl EnrollService {
         let name = agent.map(|peer| peer.identity.name.clone());
         let node_uid = agent.and_then(|peer| peer.node_uid.as_ref());
         note.agent.clone_from(&name);
+        note.node_uid = node_uid.cloned();
         self.limit(caller)?;
         let name = name.ok_or(Refusal::NoCertificate)?;
         let csr = check_csr(&request.csr)?;
-        // Asked of the file, not of a copy in memory: what is signed here lives for a day.
-        let asked = name.clone();
-        let revoked = self
-            .with_store(move |store| store.is_revoked(&asked))
-            .await?;
-        let revoked = revoked.map_err(|error| {
-            tracing::error!(error = %chain(&error), "could not read the token store");
-            Refusal::Unavailable
-        })?;
-        if revoked {
-            return Err(Refusal::Revoked);
-        }
+        self.unless_revoked(&name).await?;
         if let (Some(nodes), Some(uid)) = (&self.shared.nodes, node_uid)
             && nodes.is_gone(&name, uid).await
         {
             return Err(Refusal::NodeGone);
         }
         self.sign(name, node_uid, &csr, note).await
+    }
+
+    /// Asked of the file, not of a copy in memory: what is signed here lives for a day.
+    async fn unless_revoked(&self, name: &Name) -> Result<(), Refusal> {
+        let asked = name.clone();
+        let revoked = self
+            .with_store(move |store| store.is_revoked(&asked))
+            .await?;
+        match revoked {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(Refusal::Revoked),
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "could not read the token store");
+                Err(Refusal::Unavailable)
+            }
+        }
     }
 
     fn limit(&self, caller: &Caller) -> Result<(), Refusal> {
@@ -295,8 +348,11 @@ impl EnrollService {
 struct Note {
     agent: Option<Name>,
     token: Option<String>,
+    /// Whose ServiceAccount token it was.
+    workload: Option<String>,
+    node_uid: Option<NodeUid>,
     not_after: Option<u64>,
-    detail: Option<&'static str>,
+    detail: Option<Cow<'static, str>>,
 }
 
 fn check_csr(der: &[u8]) -> Result<Csr, Refusal> {
@@ -306,15 +362,27 @@ fn check_csr(der: &[u8]) -> Result<Csr, Refusal> {
     })
 }
 
+fn not_vouched(error: NotVouched, note: &mut Note) -> Refusal {
+    note.detail = Some(error.detail.into());
+    match error.why {
+        WhyNot::NotTaken => Refusal::NoServiceAccounts,
+        WhyNot::Refused => Refusal::ServiceAccountRefused,
+        WhyNot::OtherAccount => Refusal::OtherAccount,
+        WhyNot::NotRunning => Refusal::NotRunning,
+        WhyNot::NodeGone => Refusal::NodeGone,
+        WhyNot::Unavailable => Refusal::ClusterUnavailable,
+    }
+}
+
 fn refusal_of(error: &RedeemError, note: &mut Note) -> Refusal {
     match error {
         // Which of the two it was is the auditor's business, not the asker's.
         RedeemError::UnknownToken => {
-            note.detail = Some("unknown token");
+            note.detail = Some("unknown token".into());
             Refusal::WrongToken
         }
         RedeemError::WrongSecret => {
-            note.detail = Some("wrong secret");
+            note.detail = Some("wrong secret".into());
             Refusal::WrongToken
         }
         RedeemError::Expired => Refusal::TokenExpired,
@@ -346,20 +414,24 @@ fn audit(
     let Note {
         agent,
         token,
+        workload,
+        node_uid,
         not_after,
         detail,
     } = note;
     let agent = agent.as_ref().map(tracing::field::display);
+    let node_uid = node_uid.as_ref().map(tracing::field::display);
+    let detail = detail.as_deref();
     let remote = caller.remote;
     match decided {
         Ok(response) => {
             let outcome = "granted";
-            tracing::info!(target: "audit", event, outcome, agent, token, not_after, %remote);
+            tracing::info!(target: "audit", event, outcome, agent, token, workload, node_uid, not_after, %remote);
             Ok(Response::new(response))
         }
         Err(refusal) => {
             let outcome = refusal.label();
-            tracing::warn!(target: "audit", event, outcome, detail, agent, token, %remote);
+            tracing::warn!(target: "audit", event, outcome, detail, agent, token, workload, node_uid, %remote);
             Err(refusal.into())
         }
     }

@@ -39,6 +39,16 @@ impl ServerVerifier {
             name,
         }
     }
+
+    /// For an agent that has nothing but the roots.
+    pub(crate) fn of_roots(roots: TrustBundle, trust_domain: TrustDomain, clock: Clock) -> Self {
+        Self {
+            bundle: LiveBundle::new(roots),
+            trust_domain,
+            clock,
+            name: ServerName::Fixed,
+        }
+    }
 }
 
 /// The server shows no authority with the pinned key.

@@ -15,7 +15,7 @@ use proto::transport::quic::Congestion;
 use secrecy::ExposeSecret;
 
 use super::file::{self, File};
-use super::{BackoffLimits, Config, Join, Overrides, TokenSource};
+use super::{Anchor, BackoffLimits, Config, Join, Overrides, TokenSource};
 use crate::policy::Rule;
 
 /// 20 MiB: a node with 512 MiB has that to spare (design: one budget a process).
@@ -161,45 +161,83 @@ fn listen(given: Option<Listen>, address: Ipv4Addr, port: u16) -> Listen {
 fn join(problems: &mut Problems, file: Option<file::Join>, over: &Overrides) -> Option<Join> {
     let given = file.is_some();
     let file = file.unwrap_or_default();
-    let from_file = match (file.token, file.token_file) {
-        (Some(_), Some(_)) => {
-            problems.push("join", "give either token or tokenFile, not both");
-            return None;
-        }
-        (Some(token), None) => Some(TokenSource::Value(token)),
-        (None, Some(path)) => Some(TokenSource::File(path)),
-        (None, None) => None,
-    };
+    let in_file = [
+        file.token.map(TokenSource::Value),
+        file.token_file.map(TokenSource::File),
+        file.service_account_token_file
+            .map(TokenSource::ServiceAccount),
+    ];
+    let mut in_file = in_file.into_iter().flatten();
+    let from_file = in_file.next();
+    if in_file.next().is_some() {
+        problems.push(
+            "join",
+            "give one of token, tokenFile and serviceAccountTokenFile",
+        );
+        return None;
+    }
     let token = (over.join_token.clone().map(TokenSource::Value))
         .or_else(|| over.join_token_file.clone().map(TokenSource::File))
+        .or_else(|| {
+            let file = over.service_account_token_file.clone();
+            file.map(TokenSource::ServiceAccount)
+        })
         .or(from_file);
-    let pin = over.ca_pin.clone().or(file.ca_pin);
-    match (token, pin) {
-        (Some(token), Some(pin)) => {
-            if let TokenSource::Value(value) = &token
-                && value.expose_secret().parse::<certs::JoinToken>().is_err()
-            {
-                problems.push(
-                    "join.token",
-                    "this is no join token, which looks like id.secret",
-                );
-            }
-            let pin = read::<Pin>(problems, "join.caPin", &pin)?;
-            Some(Join { token, pin })
-        }
-        (Some(_), None) => {
+    if let Some(TokenSource::Value(value)) = &token
+        && value.expose_secret().parse::<certs::JoinToken>().is_err()
+    {
+        problems.push(
+            "join.token",
+            "this is no join token, which looks like id.secret",
+        );
+    }
+    let anchor = anchor(problems, file.ca_pin, file.ca_file, over);
+    match (token, anchor) {
+        (Some(token), Ok(Some(anchor))) => Some(Join { token, anchor }),
+        (Some(_), Ok(None)) => {
             problems.push(
                 "join.caPin",
-                "is needed with a token; `proxy-server cert show` prints it",
+                "this or caFile is needed with a token; `proxy-server cert show` prints it",
             );
             None
         }
         // A pin may be set for a whole fleet, tokens come and go.
-        (None, Some(_)) => None,
-        (None, None) => {
-            problems.check(!given, "join", "token or tokenFile is needed");
+        (None, Ok(Some(_))) | (Some(_) | None, Err(Told)) => None,
+        (None, Ok(None)) => {
+            problems.check(
+                !given,
+                "join",
+                "token, tokenFile or serviceAccountTokenFile is needed",
+            );
             None
         }
+    }
+}
+
+/// A problem was pushed.
+struct Told;
+
+fn anchor(
+    problems: &mut Problems,
+    pin: Option<String>,
+    file: Option<std::path::PathBuf>,
+    over: &Overrides,
+) -> Result<Option<Anchor>, Told> {
+    let (pin, file) = match (&over.ca_pin, &over.ca_file) {
+        (None, None) => (pin, file),
+        (pin, file) => (pin.clone(), file.clone()),
+    };
+    match (pin, file) {
+        (Some(_), Some(_)) => {
+            problems.push("join", "give either caPin or caFile, not both");
+            Err(Told)
+        }
+        (Some(pin), None) => match read::<Pin>(problems, "join.caPin", &pin) {
+            Some(pin) => Ok(Some(Anchor::Pin(pin))),
+            None => Err(Told),
+        },
+        (None, Some(file)) => Ok(Some(Anchor::File(file))),
+        (None, None) => Ok(None),
     }
 }
 

@@ -36,7 +36,9 @@ pub(super) struct Join {
     #[serde(deserialize_with = "secret")]
     pub(super) token: Option<SecretString>,
     pub(super) token_file: Option<PathBuf>,
+    pub(super) service_account_token_file: Option<PathBuf>,
     pub(super) ca_pin: Option<String>,
+    pub(super) ca_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]

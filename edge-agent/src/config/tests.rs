@@ -97,7 +97,9 @@ fn flags_and_variables_go_before_the_file() {
         servers: vec!["[::1]:1".into(), "other:2".into()],
         join_token: Some("abcdef.0123456789abcdef".to_owned().into()),
         join_token_file: None,
+        service_account_token_file: Some("/not/this".into()),
         ca_pin: Some(PIN.into()),
+        ca_file: None,
         log_format: Some(LogFormat::Json),
         log_level: Some("debug".into()),
     };
@@ -123,6 +125,45 @@ fn flags_and_variables_go_before_the_file() {
         !format!("{config:?}").contains("0123456789abcdef\""),
         "the token is in no debug output"
     );
+}
+
+#[test]
+fn a_pod_joins_with_its_account_and_a_file_of_roots() {
+    let join = |join: &str| read(&format!("name: a\nservers: ['b:1']\njoin: {join}\n"));
+    let config = join("{serviceAccountTokenFile: /t, caFile: /ca}").unwrap();
+    let Some(Join { token, anchor }) = config.join else {
+        panic!("no join")
+    };
+    assert!(matches!(token, TokenSource::ServiceAccount(_)));
+    assert!(matches!(anchor, Anchor::File(_)));
+    // Each goes with each.
+    join(&format!("{{serviceAccountTokenFile: /t, caPin: '{PIN}'}}")).unwrap();
+    join("{tokenFile: /t, caFile: /ca}").unwrap();
+    for (bad, wanted) in [
+        (
+            "{serviceAccountTokenFile: /t, tokenFile: /u, caFile: /ca}",
+            "give one of",
+        ),
+        (
+            &*format!("{{tokenFile: /t, caFile: /ca, caPin: '{PIN}'}}"),
+            "either caPin or caFile",
+        ),
+        ("{serviceAccountTokenFile: /t}", "this or caFile is needed"),
+        ("{}", "is needed"),
+    ] {
+        let error = join(bad).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{bad}: {error}");
+    }
+    let overrides = Overrides {
+        service_account_token_file: Some("/t".into()),
+        ca_file: Some("/ca".into()),
+        ..Overrides::default()
+    };
+    let text = format!("name: a\nservers: ['b:1']\njoin: {{tokenFile: /u, caPin: '{PIN}'}}\n");
+    let config = parse(Path::new("agent.yaml"), &text, &overrides).unwrap();
+    let join = config.join.unwrap();
+    assert!(matches!(join.token, TokenSource::ServiceAccount(_)));
+    assert!(matches!(join.anchor, Anchor::File(_)));
 }
 
 #[test]

@@ -272,7 +272,10 @@ fn a_wrong_credential_is_told_apart() {
 
         let mut agent = Settings::without_credential(&[&server]).start();
         let error = agent.ended().await.unwrap_err();
-        assert!(error.to_string().contains("no join token"), "{error}");
+        assert!(
+            error.to_string().contains("no token: make one with"),
+            "{error}"
+        );
         server.stop().await;
     });
 }

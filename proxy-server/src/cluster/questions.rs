@@ -9,6 +9,7 @@ use std::time::Duration;
 use http::{Method, Request, header};
 use kube::client::Client;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 
@@ -47,6 +48,16 @@ impl Questions {
     /// Asks for what is at `path`.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, AskError> {
         self.ask(Method::GET, path, Vec::new()).await
+    }
+
+    /// Sends `body` to `path`.
+    pub(crate) async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &Value,
+    ) -> Result<T, AskError> {
+        self.ask(method, path, body.to_string().into_bytes()).await
     }
 
     async fn ask<T: DeserializeOwned>(

@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use certs::{Answer, Name, NodeUid, Vouch};
+use certs::NodeUid;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ListMeta, ObjectMeta};
 use proto::Reason;
 use proto::transport::Session;
@@ -62,11 +62,9 @@ struct Listed {
 impl Standing {
     /// Where the node stands.
     pub(crate) async fn verdict(&self, name: &str, uid: &NodeUid) -> Verdict {
-        if self.cluster.has(name, uid.as_str()) {
-            return Verdict::There;
-        }
-        if self.cluster.is_waiting() {
-            return Verdict::Unknown;
+        let known = self.known(name, uid);
+        if known == Verdict::There || self.cluster.is_waiting() {
+            return known;
         }
         match self.uid(name).await {
             Ok(Some(found)) if found == uid.as_str() => Verdict::There,
@@ -75,6 +73,15 @@ impl Standing {
                 tracing::debug!(node = name, error = %daemon::chain(&error), "can't ask for a node");
                 Verdict::Unknown
             }
+        }
+    }
+
+    /// Where the node stands as far as is known here: there, or unknown.
+    pub(crate) fn known(&self, name: &str, uid: &NodeUid) -> Verdict {
+        if self.cluster.has(name, uid.as_str()) {
+            Verdict::There
+        } else {
+            Verdict::Unknown
         }
     }
 
@@ -122,11 +129,5 @@ impl Standing {
                 }
             }
         }
-    }
-}
-
-impl Vouch for Standing {
-    fn is_gone<'a>(&'a self, name: &'a Name, uid: &'a NodeUid) -> Answer<'a, bool> {
-        Box::pin(async move { self.verdict(name.as_str(), uid).await == Verdict::Gone })
     }
 }

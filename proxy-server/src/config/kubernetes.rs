@@ -8,6 +8,7 @@ use proto::AgentName;
 use serde::Deserialize;
 
 use super::dns::{self, Dns, LeaseTimes};
+use super::enrol::Enrol;
 
 /// What is known of nodes comes from a cluster. Without this section nothing of Kubernetes is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -31,6 +32,8 @@ pub struct Kubernetes {
     pub lease: LeaseTimes,
     /// What is written; nothing, if left out.
     pub dns: Option<Dns>,
+    /// Agents enrol with their pods' ServiceAccount tokens; without this section with join tokens alone.
+    pub enrol: Option<Enrol>,
 }
 
 /// Where our own objects are, where nobody says anything else.
@@ -55,6 +58,7 @@ impl Default for Kubernetes {
             namespace: None,
             lease: LeaseTimes::default(),
             dns: None,
+            enrol: None,
         }
     }
 }
@@ -155,6 +159,9 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
         "kubernetes",
         "say either kubeconfig: FILE or inCluster: true",
     );
+    if let Some(enrol) = &kubernetes.enrol {
+        enrol.check(problems);
+    }
     for (name, pool) in &kubernetes.pools {
         problems.check(
             pool.agent().is_some(),

@@ -92,7 +92,8 @@ async fn garbage_on_the_control_stream_is_refused_once_and_leaves_the_others() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_is_good_for_its_uses_and_no_more() {
     let stack = Stack::start("");
-    let (token, pin, clock) = (stack.token(1), stack.issuer().pin(), Clock::system());
+    let (trust, proof) = stack.join(1);
+    let clock = Clock::system();
     let trust_domain = TrustDomain::default();
     let mut outcomes = Vec::new();
     for name in ["edge1", "edge2"] {
@@ -100,8 +101,8 @@ async fn a_token_is_good_for_its_uses_and_no_more() {
         let name = Name::parse(name).unwrap();
         let request = EnrollRequest {
             server: stack.backend,
-            pin,
-            token: &token,
+            trust: &trust,
+            proof: &proof,
             name: &name,
             trust_domain: &trust_domain,
             files: &files,

@@ -21,6 +21,7 @@ use hyper_util::rt::TokioIo;
 use objects::{Door, Objects, Write};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use tokens::Issued;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -28,6 +29,8 @@ use tokio::task::JoinSet;
 // Named, as the lab has this file too.
 #[path = "api/objects.rs"]
 pub(crate) mod objects;
+#[path = "api/tokens.rs"]
+pub(crate) mod tokens;
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -43,6 +46,8 @@ pub(crate) enum Mood {
     Nonsense,
     /// Every request is answered by something that is not kube-apiserver and knows nothing of it.
     Elsewhere,
+    /// No request is answered; watches that run go on.
+    Silent,
 }
 
 #[derive(Debug)]
@@ -53,7 +58,7 @@ struct State {
     nodes: BTreeMap<String, Value>,
     log: Vec<(u64, Value)>,
     mood: Mood,
-    /// Requests for nodes, as `list`, `list+` (a further page), `node` (of that name) and `watch`.
+    /// Requests for nodes, as `list`, `list+` (a further page), `node` (of that name) and `watch`; and `tokenreview`.
     seen: Vec<&'static str>,
     objects: Objects,
     /// Writes of other objects.
@@ -61,6 +66,7 @@ struct State {
     /// Requests for other objects, by their door.
     asked: Vec<(usize, String)>,
     doors: usize,
+    tokens: BTreeMap<String, Issued>,
 }
 
 /// The API, or another door to it. Dropping it cuts all its connections.
@@ -85,6 +91,7 @@ impl Api {
             writes: Vec::new(),
             asked: Vec::new(),
             doors: 0,
+            tokens: BTreeMap::new(),
         };
         let mut api = Self {
             state: Arc::new(Mutex::new(state)),
@@ -135,12 +142,14 @@ impl Api {
                         async move {
                             let mood = state.lock().mood;
                             match mood {
+                                Mood::Silent => std::future::pending().await,
                                 Mood::Nonsense => return Ok(whole(StatusCode::OK, &json!({}))),
                                 Mood::Elsewhere => return Ok(elsewhere()),
                                 Mood::Well | Mood::Status(_) | Mood::PagesGone => {}
                             }
                             Ok::<_, Infallible>(match request.uri().path() {
                                 "/api/v1/nodes" => answer(state, changed, &request),
+                                tokens::REVIEWS => tokens::answer(state, request).await,
                                 _ => objects::answer(state, door, request).await,
                             })
                         }
@@ -287,7 +296,7 @@ fn answer(
     match locked.mood {
         Mood::Status(code) => return status(code),
         Mood::PagesGone if kind == "list+" => return status(410),
-        Mood::Well | Mood::PagesGone | Mood::Nonsense | Mood::Elsewhere => {}
+        Mood::Well | Mood::PagesGone | Mood::Nonsense | Mood::Elsewhere | Mood::Silent => {}
     }
     if watches {
         let from = query["resourceVersion"].parse::<u64>().unwrap();

@@ -16,6 +16,7 @@ mod connect;
 mod dns;
 mod documented;
 mod drain;
+mod enrol;
 mod intercept;
 mod konnectivity;
 mod scrape;

@@ -146,17 +146,28 @@ impl Stack {
             .unwrap()
     }
 
+    /// What enrols so many agents.
+    pub(crate) fn join(&self, uses: u32) -> (certs::Trust, certs::Proof) {
+        let trust = certs::Trust::Pin(self.issuer().pin());
+        (trust, certs::Proof::Join(self.token(uses)))
+    }
+
     /// A real agent that enrols and connects; `more` is added to its configuration.
     pub(crate) fn agent(&mut self, name: &str, more: &str) {
         use secrecy::ExposeSecret as _;
         let token = self.token(1).expose();
+        let (token, pin) = (token.expose_secret(), self.issuer().pin());
+        let join = format!("{{token: {token}, caPin: '{pin}'}}");
+        self.agent_joining(name, &join, more);
+    }
+
+    /// A real agent whose `join` is given.
+    pub(crate) fn agent_joining(&mut self, name: &str, join: &str, more: &str) {
         let text = format!(
-            "name: {name}\nstateDir: {}\nservers: ['{}']\njoin: {{token: {}, caPin: '{}'}}\n\
+            "name: {name}\nstateDir: {}\nservers: ['{}']\njoin: {join}\n\
              observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0'}}\ndrain: {{grace: 1s}}\n{more}\n",
             self.dir.path().join(format!("agent-{name}")).display(),
             self.backend,
-            token.expose_secret(),
-            self.issuer().pin(),
         );
         let overrides = edge_agent::config::Overrides::default();
         let config = edge_agent::config::parse(Path::new("agent.yaml"), &text, &overrides).unwrap();
@@ -186,12 +197,12 @@ impl Stack {
     pub(crate) async fn enrolled(&self, name: &str) -> Own {
         let files = AgentFiles::new(self.dir.path().join(format!("own-{name}")));
         let clock = Clock::system();
-        let (pin, token) = (self.issuer().pin(), self.token(1));
+        let (trust, proof) = self.join(1);
         let (name, trust_domain) = (Name::parse(name).unwrap(), TrustDomain::default());
         let request = EnrollRequest {
             server: self.backend,
-            pin,
-            token: &token,
+            trust: &trust,
+            proof: &proof,
             name: &name,
             trust_domain: &trust_domain,
             files: &files,

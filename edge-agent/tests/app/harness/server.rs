@@ -78,6 +78,18 @@ impl Server {
         .await
     }
 
+    /// One with a certificate of another authority than the one whose agents it takes, as during a rotation.
+    pub(crate) async fn certified_by(ca: &TestCa, other: &TestCa, name: &str) -> Self {
+        Self::start(
+            ca,
+            other.server(name),
+            "127.0.0.1:0".parse().unwrap(),
+            Answer::Accept(name.to_owned()),
+            false,
+        )
+        .await
+    }
+
     /// One whose certificate has another name than its hello.
     pub(crate) async fn lying(ca: &TestCa) -> Self {
         let answer = Answer::Accept("claimed".to_owned());

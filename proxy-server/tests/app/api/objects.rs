@@ -1,4 +1,4 @@
-//! Leases, ConfigMaps and Services of the emulated API: read, create, replace and merge-patch by resource version, as
+//! Leases, ConfigMaps, Services and Pods of the emulated API: read, create, replace and merge-patch by resource version, as
 //! kube-apiserver does it, and what one way in to it may do to requests.
 
 use std::collections::BTreeMap;
@@ -210,7 +210,7 @@ fn parse(path: &str) -> (String, String, Option<String>) {
     let mut parts = rest.unwrap().split('/').map(str::to_owned);
     let (namespace, resource) = (parts.next().unwrap(), parts.next().unwrap());
     assert!(
-        ["leases", "configmaps", "services"].contains(&resource.as_str()),
+        ["leases", "configmaps", "services", "pods"].contains(&resource.as_str()),
         "{path}"
     );
     (resource, namespace, parts.next())
