@@ -149,9 +149,20 @@ impl TryFrom<String> for Cidr {
         let net = text
             .parse::<IpNet>()
             .or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        net.map(|net| Self(net.trunc()))
+        net.map(|net| Self(canonical(net).trunc()))
             .map_err(|_neither| format!("{text:?} is neither an address nor a CIDR"))
     }
+}
+
+/// IPv4 that is written as IPv6 is IPv4, as in addresses that are compared with it.
+fn canonical(net: IpNet) -> IpNet {
+    const MAPPED: u8 = 96;
+    let v4 = net.addr().to_canonical();
+    let len = net.prefix_len().checked_sub(MAPPED);
+    let mapped = len.filter(|_| net.addr().is_ipv6() && v4.is_ipv4());
+    mapped
+        .and_then(|len| IpNet::new(v4, len).ok())
+        .unwrap_or(net)
 }
 
 /// Time limits of a request.

@@ -183,6 +183,7 @@ impl Reloader {
             }
             if let (Some(intercept), Frontend::Intercept(new)) = (&changeable.intercept, frontend) {
                 intercept.change(new);
+                intercept.policy.store(Arc::new(frontend.policy()));
             }
             if let (Some(konnectivity), Frontend::Konnectivity { default, .. }) =
                 (&changeable.konnectivity, frontend)

@@ -68,7 +68,7 @@ impl Door {
             (Frontend::Intercept(settings), _) => {
                 let stop = streams.stopping();
                 let port = listener.bound().port().unwrap_or_default();
-                let door = Intercept::new(forwarder, settings, port, stop);
+                let door = Intercept::new(forwarder, settings, frontend.policy(), port, stop);
                 Ok(Self::Intercept(listener, Arc::new(door)))
             }
             (Frontend::ForwardProxy { listen, .. }, None) => {

@@ -10,9 +10,9 @@ use serde::Deserialize;
 use super::{Cidr, Config, Elsewhere, Frontend};
 use crate::frontend::policy::Policy;
 
-/// One rule. Who asks fits `clients`, `users` or `uids`, and comes from `from`, if that is given; at a frontend whose
-/// requesters prove nothing ([`Frontend::Intercept`]) `from` alone says who. What is asked for fits `nodes` or is
-/// `elsewhere`, and its port is one of `ports`.
+/// One rule. Who asks fits `clients`, `users` or `uids`, and comes from `from`, if that is given; an intercepted connection
+/// can prove nothing and is known by `from` alone. What is asked for fits `nodes` or is `elsewhere`, and its port is one
+/// of `ports`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Rule {
@@ -33,30 +33,34 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether it names somebody by what they prove.
-    pub(crate) const fn has_names(&self) -> bool {
+    const fn asks_for_proof(&self) -> bool {
         !(self.clients.is_empty() && self.users.is_empty() && self.uids.is_empty())
     }
 
-    pub(super) fn check(&self, proof: Proof, key: &impl fmt::Display, problems: &mut Problems) {
-        match proof {
-            Proof::Credential => problems.check(
-                self.has_names(),
+    /// Whether it names requesters by their networks alone.
+    #[must_use]
+    pub const fn is_of_sources(&self) -> bool {
+        !self.asks_for_proof() && !self.from.is_empty()
+    }
+
+    pub(super) fn check(&self, of: &Frontend, key: &impl fmt::Display, problems: &mut Problems) {
+        if matches!(of, Frontend::Intercept(_)) {
+            problems.check(
+                !self.from.is_empty(),
+                format!("{key}.from"),
+                "say which source networks may, such as that of the control plane",
+            );
+            problems.check(
+                !self.asks_for_proof(),
+                key,
+                "connections that are intercepted carry no credentials: `from` alone says who, not clients, users or uids",
+            );
+        } else {
+            problems.check(
+                self.asks_for_proof(),
                 key,
                 "says nothing of who: name clients, users or uids",
-            ),
-            Proof::Network => {
-                problems.check(
-                    !self.from.is_empty(),
-                    format!("{key}.from"),
-                    "say which source networks may, such as that of the control plane",
-                );
-                problems.check(
-                    !self.has_names(),
-                    key,
-                    "connections that are intercepted carry no credentials: `from` alone says who, not clients, users or uids",
-                );
-            }
+            );
         }
         problems.check(
             !self.nodes.is_empty() || self.elsewhere,
@@ -94,48 +98,44 @@ impl Rule {
     }
 }
 
-/// By what a frontend's requesters are known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Proof {
-    /// A certificate, a token, a password, or what the kernel says.
-    Credential,
-    /// Nothing but the network that they come from.
-    Network,
-}
-
 /// What a frontend's rules can match.
 #[derive(Debug, Clone, Copy)]
 struct Reach {
-    /// Client certificates are asked for.
-    clients: bool,
-    /// There are tokens or passwords.
-    users: bool,
-    /// Requesters are users of this machine and have no address; else they have one and no uid.
-    unix: bool,
-    /// Requesters prove nothing.
-    anybody: bool,
+    proof: Proof,
     /// What is not at the edge is dialled.
     elsewhere: bool,
+}
+
+/// What requesters of a frontend can prove.
+#[derive(Debug, Clone, Copy)]
+enum Proof {
+    /// Client certificates; tokens and passwords too, if there are any. They have an address.
+    Tls { users: bool },
+    /// They are users of this machine, and have no address.
+    Uid,
+    /// Nothing; they have an address.
+    Source,
 }
 
 impl Rule {
     /// Why no request can ever match it.
     fn useless(&self, reach: Reach) -> Option<&'static str> {
-        let clients = reach.clients && !self.clients.is_empty();
-        let users = reach.users && !self.users.is_empty();
-        let uids = reach.unix && !self.uids.is_empty();
-        let anybody = reach.anybody && !self.from.is_empty();
-        if reach.unix && !self.from.is_empty() {
-            return Some("requests over a Unix socket come from no network");
-        }
-        if !(clients || users || uids || anybody) {
-            return Some(if reach.unix {
-                "whoever asks over a Unix socket is known by uid only"
-            } else if self.uids.is_empty() && !reach.users {
-                "this frontend has no tokens and no passwords, so there are no users"
-            } else {
-                "whoever asks over TCP has no uid"
-            });
+        let (has_users, has_uids) = (!self.users.is_empty(), !self.uids.is_empty());
+        match reach.proof {
+            Proof::Uid if !self.from.is_empty() => {
+                return Some("requests over a Unix socket come from no network");
+            }
+            Proof::Uid if !has_uids => {
+                return Some("whoever asks over a Unix socket is known by uid only");
+            }
+            Proof::Tls { users } if self.clients.is_empty() && !(users && has_users) => {
+                return Some(if has_uids || users {
+                    "whoever asks over TCP has no uid"
+                } else {
+                    "this frontend has no tokens and no passwords, so there are no users"
+                });
+            }
+            Proof::Tls { .. } | Proof::Uid | Proof::Source => {}
         }
         (self.nodes.is_empty() && self.elsewhere && !reach.elsewhere)
             .then_some("this frontend dials nothing that is not at the edge")
@@ -144,45 +144,30 @@ impl Rule {
 
 impl Frontend {
     const fn reach(&self) -> Reach {
-        match self {
+        let (proof, elsewhere) = match self {
             Self::HttpConnect {
                 listen, default, ..
             } => {
-                let unix = matches!(listen, Listen::Unix(_));
-                Reach {
-                    clients: !unix,
-                    users: false,
-                    unix,
-                    anybody: false,
-                    elsewhere: matches!(default, Elsewhere::Direct),
-                }
+                let proof = match listen {
+                    Listen::Unix(_) => Proof::Uid,
+                    Listen::Tcp(_) => Proof::Tls { users: false },
+                };
+                (proof, matches!(default, Elsewhere::Direct))
             }
-            Self::Konnectivity { default, .. } => Reach {
-                clients: false,
-                users: false,
-                unix: true,
-                anybody: false,
-                elsewhere: matches!(default, Elsewhere::Direct),
-            },
-            Self::Intercept(_) => Reach {
-                clients: false,
-                users: false,
-                unix: false,
-                anybody: true,
-                elsewhere: false,
-            },
+            Self::Konnectivity { default, .. } => {
+                (Proof::Uid, matches!(default, Elsewhere::Direct))
+            }
             Self::ForwardProxy {
                 bearer_token_file,
                 basic_auth_file,
                 ..
-            } => Reach {
-                clients: true,
-                users: bearer_token_file.is_some() || basic_auth_file.is_some(),
-                unix: false,
-                anybody: false,
-                elsewhere: false,
-            },
-        }
+            } => {
+                let users = bearer_token_file.is_some() || basic_auth_file.is_some();
+                (Proof::Tls { users }, false)
+            }
+            Self::Intercept(_) => (Proof::Source, false),
+        };
+        Reach { proof, elsewhere }
     }
 }
 
@@ -320,7 +305,12 @@ mod tests {
     fn all_mistakes_in_rules_are_told_at_once() {
         let error = parse(
             "- {type: httpConnect, listen: '0.0.0.0:1', allow: [{nodes: ['*'], ports: [1]}, {clients: [a], ports: [1]}, \
-             {clients: [''], nodes: [a], ports: [0, 70000, 9-1, x, '1-65535']}, {clients: [a], nodes: [a]}]}\n",
+             {clients: [''], nodes: [a], ports: [0, 70000, 9-1, x, '1-65535']}, {clients: [a], nodes: [a]}, \
+             {from: [10.0.0.0/8], nodes: [a], ports: [1]}]}\n\
+             - {type: intercept, listen: '0.0.0.0:2', allow: [{nodes: ['*'], ports: [1]}, {from: [], nodes: ['*'], ports: [1]}, \
+             {from: [10.0.0.0/8], ports: [x]}, {clients: [a], from: [10.0.0.0/8], nodes: [a], ports: [1]}, \
+             {users: [a], from: [10.0.0.0/8], nodes: [a], ports: [1]}, {uids: [0], from: [10.0.0.0/8], nodes: [a], ports: [1]}]}\n\
+             - {type: konnectivity, listen: 'unix:/k', allow: [{uids: [0], nodes: ['*']}]}\n",
         )
         .unwrap_err()
         .to_string();
@@ -333,6 +323,15 @@ mod tests {
             "frontends[0].allow[2].ports[2]: \"9-1\"",
             "frontends[0].allow[2].ports[3]: \"x\"",
             "frontends[0].allow[3].ports:",
+            "frontends[0].allow[4]: says nothing of who: name clients, users or uids",
+            "frontends[1].allow[0].from: say which source networks",
+            "frontends[1].allow[1].from:",
+            "frontends[1].allow[2].nodes:",
+            "frontends[1].allow[2].ports[0]:",
+            "frontends[1].allow[3]: connections that are intercepted carry no credentials",
+            "frontends[1].allow[4]: connections that are intercepted",
+            "frontends[1].allow[5]: connections that are intercepted",
+            "frontends[2].allow[0].ports:",
         ] {
             assert!(error.contains(wanted), "{wanted} is missing in: {error}");
         }
@@ -344,6 +343,49 @@ mod tests {
     }
 
     #[test]
+    fn from_of_an_intercepting_frontend_is_refused_with_the_rule_to_write() {
+        let told = |settings: &str| {
+            let frontend = format!("- {{type: intercept, {settings}}}\n");
+            parse(&frontend).unwrap_err().to_string()
+        };
+        for (settings, rule) in [
+            (
+                "listen: '[::]:10250', from: [10.0.0.0/24, 'fd00::/64']",
+                "write `allow: [{from: [10.0.0.0/24, fd00::/64], nodes: ['*'], ports: [10250]}]`",
+            ),
+            (
+                "listen: '[::]:10251', port: 10250, from: [10.0.0.7], allow: []",
+                "write `allow: [{from: [10.0.0.7/32], nodes: ['*'], ports: [10250]}]`",
+            ),
+        ] {
+            let told = told(settings);
+            assert!(
+                told.contains("frontends[0].from: ") && told.contains(rule),
+                "{told}"
+            );
+        }
+        assert!(told("listen: '[::]:1', from: [nonsense]").contains("nonsense"));
+    }
+
+    #[test]
+    fn ipv4_that_is_written_as_ipv6_is_ipv4() {
+        let net = |text: &str| Cidr::try_from(text.to_owned()).unwrap();
+        for (text, address, wanted) in [
+            ("10.0.0.0/24", "::ffff:10.0.0.9", true),
+            ("::ffff:10.0.0.0/120", "10.0.0.9", true),
+            ("::ffff:10.0.0.0/120", "::ffff:10.0.0.9", true),
+            ("::ffff:10.0.0.0/120", "10.0.1.9", false),
+            ("::ffff:10.0.0.9", "10.0.0.9", true),
+            ("::/0", "10.0.0.9", false),
+            ("0.0.0.0/0", "fd00::1", false),
+            ("::/0", "fd00::1", true),
+        ] {
+            let fits = net(text).contains(address.parse().unwrap());
+            assert_eq!(fits, wanted, "{text} {address}");
+        }
+    }
+
+    #[test]
     fn rules_that_can_never_match_are_told() {
         let config = parse(
             "- {type: httpConnect, listen: 'unix:/a', allow: [{clients: [a], nodes: ['*'], ports: [1]}, \
@@ -352,8 +394,7 @@ mod tests {
              {users: [a], nodes: ['*'], ports: [1]}, {clients: [a], elsewhere: true, ports: [1]}, {clients: [a], nodes: [b], ports: [1]}]}\n\
              - {type: forwardProxy, listen: '0.0.0.0:2', allow: [{users: [a], nodes: ['*'], ports: [1]}, \
              {clients: [a], users: [a], nodes: ['*'], ports: [1]}]}\n\
-             - {type: intercept, listen: '0.0.0.0:3', allow: [{from: [10.0.0.1], elsewhere: true, ports: [1]}, \
-             {from: [10.0.0.1], nodes: [a], ports: [1]}]}\n",
+             - {type: intercept, listen: '0.0.0.0:3', allow: [{from: [10.0.0.0/8], elsewhere: true, ports: [1]}, {from: [10.0.0.0/8], nodes: ['*'], ports: [1]}]}\n",
         )
         .unwrap();
         let told = config.useless_rules();

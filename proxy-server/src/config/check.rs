@@ -7,7 +7,6 @@ use std::time::Duration;
 use certs::Name;
 use daemon::{ConfigError, Listen, Problems};
 
-use super::allow::Proof;
 use super::{Config, Frontend, Intercept};
 
 /// Below this, agents behind ordinary lines are lost for nothing: three keepalives are missed in 36 s.
@@ -91,6 +90,9 @@ fn frontends(config: &Config, problems: &mut Problems) {
         if listen.port() != Some(0) && !seen.insert(listen.to_string()) {
             problems.push(key("listen"), format!("{listen} is listened on twice"));
         }
+        for (n, rule) in frontend.allow().unwrap_or_default().iter().enumerate() {
+            rule.check(frontend, &key(&format!("allow[{n}]")), problems);
+        }
         let (client_ca, allowed_names) = match frontend {
             Frontend::HttpConnect {
                 client_ca,
@@ -130,9 +132,6 @@ fn frontends(config: &Config, problems: &mut Problems) {
                 continue;
             }
         };
-        for (n, rule) in frontend.allow().unwrap_or_default().iter().enumerate() {
-            rule.check(Proof::Credential, &key(&format!("allow[{n}]")), problems);
-        }
         problems.check(
             client_ca.is_none() || !allowed_names.is_empty(),
             key("allowedNames"),
@@ -157,8 +156,20 @@ fn intercept(settings: &Intercept, key: impl Fn(&str) -> String, problems: &mut 
         key("port"),
         "must be within 1 to 65535",
     );
-    for (n, rule) in settings.allow.iter().flatten().enumerate() {
-        rule.check(Proof::Network, &key(&format!("allow[{n}]")), problems);
+    if let Some(from) = &settings.from {
+        let port = settings.port.or(settings.listen.port());
+        let from: Vec<String> = from.iter().map(|cidr| cidr.0.to_string()).collect();
+        let rule = format!(
+            "{{from: [{}], nodes: ['*'], ports: [{}]}}",
+            from.join(", "),
+            port.unwrap_or_default()
+        );
+        problems.push(
+            key("from"),
+            format!(
+                "source networks stand in the rules that say what they may reach: write `allow: [{rule}]`"
+            ),
+        );
     }
     let nobody = |proxy: &super::ProxyProtocol| proxy.trusted.is_empty();
     problems.check(

@@ -92,9 +92,12 @@ pub struct Intercept {
     /// Port of the destination, where the request does not say; the one listened on by default.
     #[serde(default)]
     pub port: Option<u16>,
-    /// From which networks which nodes may be reached. Without it nobody may connect.
+    /// Who may ask for what, by source network; without it nobody.
     #[serde(default)]
     pub allow: Option<Vec<Rule>>,
+    /// Stands in a rule of `allow`; refused here.
+    #[serde(default)]
+    pub from: Option<Vec<Cidr>>,
     /// Load balancers that say whom they speak for.
     #[serde(default)]
     pub proxy_protocol: Option<ProxyProtocol>,
@@ -158,8 +161,8 @@ impl Frontend {
     #[must_use]
     pub fn policy(&self) -> Policy {
         match (self.allow(), self.listen()) {
-            (None, Listen::Unix(_)) => Policy::Open,
             (Some(rules), _) => Policy::Listed(rules.to_vec()),
+            (None, Listen::Unix(_)) => Policy::Open,
             (None, Listen::Tcp(_)) => Policy::Listed(Vec::new()),
         }
     }

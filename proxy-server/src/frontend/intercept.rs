@@ -7,7 +7,7 @@
 //! | state | what | failure | what the requester sees |
 //! | --- | --- | --- | --- |
 //! | header | from `proxyProtocol.trusted` only: a PROXY header, required | none, or malformed; late | a reset (`bad_request`, `timeout`) |
-//! | admit | the source, the header's if there is one, must be in the `from` of some rule | it is not | a reset (`not_allowed`); nothing was read |
+//! | admit | a rule of `allow` must name the source, the header's if there is one | none does | a reset (`not_allowed`); nothing was read |
 //! | first flight | at most 16 KiB, until there is a whole ClientHello or HTTP head | too large, malformed | goes by the original destination, else an alert, `400`/`431`, or a reset |
 //! | | | a PROXY header | the same way, whatever the original destination (`not_allowed`) |
 //! | | | begun and not ended in time | an alert, `504` (`timeout`) |
@@ -16,7 +16,8 @@
 //! | | | we are stopping | an alert, `503`, a reset (`draining`) |
 //! | decide | name, else original destination (`intercept/destination.rs`) | neither | alert `unrecognized_name`, `403`, a reset (`unknown_destination`) |
 //! | | | two nodes share the address | the same with `ambiguous_destination` |
-//! | open | [`Forwarder::open`] | no rule permits it, no session, refused, denied, … | alert `internal_error` or `access_denied`; the status and the sentence; a reset |
+//! | open | [`Forwarder::open`] | no rule permits that node and port | alert `access_denied`, `403`, a reset (`not_allowed`) |
+//! | | | no session, refused, denied, … | alert `internal_error` or `access_denied`; the status and the sentence; a reset |
 //! | relay | what was read goes first | cut | a reset |
 //!
 //! An original destination comes from a PROXY header, `SO_ORIGINAL_DST`, or, with `transparent`, is the address the
@@ -27,9 +28,8 @@ mod client_hello;
 mod destination;
 mod flight;
 mod proxy_header;
-mod source;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,13 +39,12 @@ use daemon::{Peer, Stream};
 use destination::Clues;
 use flight::{Malformed, Named, Speech};
 use proto::{Destination, Reason, RelayEnd};
-use source::Networks;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, Elsewhere};
+use crate::config::{self, Cidr, Elsewhere};
 use crate::error::Refusal;
-use crate::frontend::policy::{Policy, Requester, Who};
+use crate::frontend::policy::{Policy, Requester};
 use crate::path::direct;
 use crate::record::{Outcome, Path};
 use crate::route::Route;
@@ -66,6 +65,8 @@ const CHUNK: usize = 2 << 10;
 pub struct Intercept {
     forwarder: Arc<Forwarder>,
     settings: ArcSwap<Settings>,
+    /// Who may ask for what.
+    pub(crate) policy: ArcSwap<Policy>,
     /// The port that is listened on.
     bound: u16,
     transparent: bool,
@@ -77,22 +78,20 @@ pub struct Intercept {
 #[derive(Debug)]
 struct Settings {
     port: u16,
-    /// Where somebody may come from that some rule names.
-    from: Networks,
-    policy: Arc<Policy>,
-    trusted: Networks,
+    trusted: Vec<Cidr>,
 }
 
 impl Settings {
     fn new(settings: &config::Intercept, bound: u16) -> Self {
         let trusted = settings.proxy_protocol.as_ref();
-        let rules = settings.allow.as_deref().unwrap_or_default();
         Self {
             port: settings.port.unwrap_or(bound),
-            from: Networks::new(rules.iter().flat_map(|rule| &rule.from)),
-            policy: Arc::new(Policy::Listed(rules.to_vec())),
-            trusted: trusted.map_or_else(Networks::default, |p| Networks::new(&p.trusted)),
+            trusted: trusted.map_or_else(Vec::new, |p| p.trusted.clone()),
         }
+    }
+
+    fn trusts(&self, ip: IpAddr) -> bool {
+        self.trusted.iter().any(|net| net.contains(ip))
     }
 }
 
@@ -122,11 +121,13 @@ impl Intercept {
     pub fn new(
         forwarder: Arc<Forwarder>,
         settings: &config::Intercept,
+        policy: Policy,
         bound: u16,
         stop: CancellationToken,
     ) -> Self {
         Self {
             forwarder,
+            policy: ArcSwap::from_pointee(policy),
             settings: ArcSwap::from_pointee(Settings::new(settings, bound)),
             bound,
             transparent: settings.transparent,
@@ -144,8 +145,7 @@ impl Intercept {
     pub async fn serve(self: Arc<Self>, mut stream: Stream, peer: Peer) {
         let mut requester = Requester::new(&peer);
         let mut buffer = BytesMut::new();
-        let settings = self.settings.load_full();
-        let read = self.destination(&settings, &stream, &peer, &mut requester, &mut buffer);
+        let read = self.destination(&stream, &peer, &mut requester, &mut buffer);
         let destination = match read.await {
             Ok(destination) => destination,
             Err(Stop::Gone) => return,
@@ -162,7 +162,7 @@ impl Intercept {
             requester,
             destination,
             elsewhere: Elsewhere::Refuse,
-            policy: Arc::clone(&settings.policy),
+            policy: self.policy.load_full(),
         };
         let gone = until_gone(&stream, &mut buffer, speech);
         match self.forwarder.open(request, gone).await {
@@ -179,30 +179,30 @@ impl Intercept {
     /// Everything up to the destination; what was read stays in `buffer`, a PROXY header apart.
     async fn destination(
         &self,
-        settings: &Settings,
         stream: &Stream,
         peer: &Peer,
         requester: &mut Requester,
         buffer: &mut BytesMut,
     ) -> Result<Destination, Stop> {
+        let settings = self.settings.load_full();
         let deadline = Instant::now() + self.forwarder.timeouts.header;
         let peer = peer.tcp().ok_or(Stop::Gone)?;
-        let ends = if settings.trusted.contains(peer.ip()) {
+        let ends = if settings.trusts(peer.ip()) {
             self.proxy_header(stream, buffer, deadline).await?
         } else {
             None
         };
-        let (source, original) = match ends {
+        let original = match ends {
             Some(ends) => {
-                *requester = Requester {
-                    who: Who::Through(peer),
-                    peer: Some(Peer::Tcp(ends.source)),
-                };
-                (ends.source, Some(ends.destination))
+                *requester = Requester::from_source(ends.source, Some(peer));
+                Some(ends.destination)
             }
-            None => (peer, self.original(stream)),
+            None => {
+                *requester = Requester::from_source(peer, None);
+                self.original(stream)
+            }
         };
-        source::admit(&settings.from, source).map_err(Stop::Refused)?;
+        self.policy.load().hear(requester).map_err(Stop::Refused)?;
         let own = self.forwarder.own.load_full();
         let original = original.filter(|address| !direct::is_own(*address, &own));
         let mut clues = Clues {

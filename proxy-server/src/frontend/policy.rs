@@ -2,7 +2,7 @@
 //!
 //! | frontend | no `allow` | `allow: []` | rules |
 //! | --- | --- | --- | --- |
-//! | TCP | nobody | nobody | whom one of them names |
+//! | TCP | nobody | nobody | whom one of them names; intercepted connections have a network and no name |
 //! | Unix socket | whom the socket's mode lets in | nobody | whom one of them names |
 //!
 //! Decided about is the node that the request is routed to, not what it was called: an address of a node counts as
@@ -30,8 +30,13 @@ pub enum Who {
     Uid(Option<u32>),
     /// Nothing yet.
     Unproved,
-    /// Nothing, and a load balancer at that address speaks for it.
-    Through(SocketAddr),
+    /// Nothing, and it is known by where it comes from alone, as intercepted connections are.
+    Source {
+        /// From there.
+        address: IpAddr,
+        /// So says the load balancer at that address.
+        via: Option<SocketAddr>,
+    },
     /// Ourselves: a kept connection, whose requests were each decided about before they came to it.
     Pool,
 }
@@ -44,7 +49,11 @@ impl fmt::Display for Who {
             Self::Uid(Some(uid)) => write!(f, "uid/{uid}"),
             Self::Uid(None) => f.write_str("uid/unknown"),
             Self::Unproved => f.write_str("unproved"),
-            Self::Through(balancer) => write!(f, "unproved via {balancer}"),
+            Self::Source { address, via: None } => write!(f, "source/{address}"),
+            Self::Source {
+                address,
+                via: Some(balancer),
+            } => write!(f, "source/{address} via {balancer}"),
             Self::Pool => f.write_str("pool"),
         }
     }
@@ -69,6 +78,16 @@ impl Requester {
         };
         let peer = Some(peer.clone());
         Self { who, peer }
+    }
+
+    /// Whoever has nothing to prove anything with and comes from there, by the word of a load balancer if there is one.
+    #[must_use]
+    pub fn from_source(source: SocketAddr, via: Option<SocketAddr>) -> Self {
+        let address = source.ip().to_canonical();
+        Self {
+            who: Who::Source { address, via },
+            peer: Some(Peer::Tcp(source)),
+        }
     }
 
     /// The same connection, now that it has proved that.
@@ -147,9 +166,8 @@ fn names(rule: &Rule, requester: &Requester) -> bool {
         Who::Client(name) => rule.clients.iter().any(|client| client.fits(name)),
         Who::User(name) => rule.users.iter().any(|user| user.fits(name)),
         Who::Uid(Some(uid)) => rule.uids.contains(uid),
-        // Only frontends whose requesters can't prove anything have rules without names.
-        Who::Unproved | Who::Through(_) => !rule.has_names() && !rule.from.is_empty(),
-        Who::Uid(None) | Who::Pool => false,
+        Who::Source { .. } => rule.is_of_sources(),
+        Who::Uid(None) | Who::Unproved | Who::Pool => false,
     };
     let from = |ip| rule.from.iter().any(|net| net.contains(ip));
     named && (rule.from.is_empty() || requester.address().is_some_and(from))
@@ -176,6 +194,19 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// Decides whether a requester is heard at all, before anything of it is read: some rule must name it.
+    ///
+    /// # Errors
+    /// [`Reason::NotAllowed`]: whatever it asked for, it would be refused.
+    pub fn hear(&self, requester: &Requester) -> Result<(), Refusal> {
+        let named = match self {
+            Self::Open => true,
+            Self::Listed(rules) => rules.iter().any(|rule| names(rule, requester)),
+        };
+        let refusal = || Refusal::detailed(requester, Reason::NotAllowed, "no rule names it");
+        named.then_some(()).ok_or_else(refusal)
+    }
+
     /// Decides about a routed request.
     ///
     /// # Errors

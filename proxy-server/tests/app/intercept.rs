@@ -1,7 +1,7 @@
 //! Intercepted connections: by server name, by Host, by original destination; and what can't be served.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use certs::Role;
@@ -18,8 +18,8 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::stack::{
-    Stack, allow, configuration, descriptors, echo, eventually, pair, rewrite, shouter,
-    status_line, text, within,
+    Stack, allow, configuration, configuration_of, descriptors, echo, eventually, pair, rewrite,
+    shouter, status_line, text, within,
 };
 
 /// Where the intercepting frontend stands in the configuration.
@@ -339,10 +339,8 @@ async fn a_drain_ends_the_silent_at_once_and_cuts_the_rest_with_a_reset() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_named_sources_may_connect_and_a_reload_changes_them() {
-    let stack = start(
-        "allow: [{from: [127.0.0.1], nodes: ['*'], ports: ['1-65535']}]",
-        "",
-    );
+    let rule = |from: &str| format!("allow: [{{from: [{from}], nodes: ['*'], ports: [10250]}}]");
+    let stack = start(&rule("127.0.0.1"), "");
     let ask = async |source: Ipv4Addr| {
         let mut stream = dial_from(&stack, source).await?;
         stream
@@ -363,7 +361,7 @@ async fn only_named_sources_may_connect_and_a_reload_changes_them() {
     let file = stack.dir.path().join("proxy-server.yaml");
     rewrite(
         &file,
-        &text(&file).replace("from: [127.0.0.1]", "from: [127.0.0.9]"),
+        &text(&file).replace(&rule("127.0.0.1"), &rule("127.0.0.9")),
     );
     stack.reload.reload();
     while !is_reset(ask(Ipv4Addr::LOCALHOST).await) {
@@ -413,7 +411,8 @@ async fn rules_say_which_network_may_reach_which_node_at_which_port() {
         } else {
             let wanted = format!("HTTP/1.1 403 {node}:{to}: ");
             assert!(
-                answer.starts_with(&wanted) && answer.contains("unproved may not ask for it"),
+                answer.starts_with(&wanted)
+                    && answer.contains(&format!("source/127.0.0.{source} may not ask for it")),
                 "{case}"
             );
             refusals += 1.0;
@@ -427,14 +426,136 @@ async fn rules_say_which_network_may_reach_which_node_at_which_port() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_request_is_decided_by_source_node_and_port() {
+    let (ca, mut edge) = (TestCa::new(), JoinSet::new());
+    let (one, two, port) = pair().await;
+    kubelet(&mut edge, one, &ca, "press");
+    kubelet(&mut edge, two, &ca, "lathe");
+    let rules = |node: &str| {
+        format!(
+            "[{{from: [127.0.0.1], nodes: [{node}], ports: [{port}]}}, \
+             {{from: [127.0.0.9], nodes: ['*'], ports: ['1-65535']}}]"
+        )
+    };
+    let mut stack = start(
+        &format!("allow: {}, port: {port}", rules("press")),
+        TWO_NODES,
+    );
+    for agent in ["edge1", "edge2"] {
+        stack.agent(agent, &allow(&[port]));
+        stack.sessions(agent, 1).await;
+    }
+    let says = async |source: Ipv4Addr, request: &str| {
+        let mut stream = dial_from(&stack, source).await?;
+        stream.write_all(request.as_bytes()).await?;
+        Ok::<_, std::io::Error>(status_line(&mut stream).await)
+    };
+    let get = |host: &str| format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+    let (known, wide) = (Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 9));
+    tls_to(&stack, &ca, "press").await.unwrap();
+    let error = tls_to(&stack, &ca, "lathe").await.unwrap_err();
+    assert_eq!(alert(&error), AlertDescription::AccessDenied);
+    for (host, wanted) in [
+        (
+            format!("lathe:{port}"),
+            format!("HTTP/1.1 403 lathe:{port}: not allowed: source/127.0.0.1 may not ask for it"),
+        ),
+        (
+            "press:1".to_owned(),
+            "HTTP/1.1 403 press:1: not allowed: source/127.0.0.1 may not ask for it".to_owned(),
+        ),
+    ] {
+        assert_eq!(says(known, &get(&host)).await.unwrap(), wanted);
+    }
+    refused(&stack, "not_allowed", 3.0).await;
+    // The agent's own allow-list answers whom the rules let through.
+    let through = says(wide, &get("lathe:1")).await.unwrap();
+    assert!(
+        through.starts_with("HTTP/1.1 403 node lathe (agent edge2): the agent's allow-list"),
+        "{through}"
+    );
+    // No rule names it.
+    let stranger = dial_from(&stack, Ipv4Addr::new(127, 0, 0, 7)).await;
+    if let Ok(mut stranger) = stranger {
+        assert!(is_reset(rest(&mut stranger).await));
+    }
+    refused(&stack, "not_allowed", 4.0).await;
+    // A reload is for the next request, and touches no stream.
+    let mut open = tls_to(&stack, &ca, "press").await.unwrap();
+    let file = stack.dir.path().join("proxy-server.yaml");
+    rewrite(
+        &file,
+        &text(&file).replace(&rules("press"), &rules("lathe")),
+    );
+    stack.reload.reload();
+    while tls_to(&stack, &ca, "lathe").await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    let error = tls_to(&stack, &ca, "press").await.unwrap_err();
+    assert_eq!(alert(&error), AlertDescription::AccessDenied);
+    let mut said = [0; 5];
+    within(open.read_exact(&mut said)).await.unwrap();
+    open.write_all(b"still here").await.unwrap();
+    let mut echoed = [0; 10];
+    within(open.read_exact(&mut echoed)).await.unwrap();
+    assert_eq!((&said, &echoed), (b"press", b"still here"));
+    drop(open);
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv4_over_an_ipv6_socket_counts_as_ipv4() {
+    let dir = tempfile::tempdir().unwrap();
+    let door = |rule: &str| {
+        format!(
+            "- {{type: intercept, listen: '[::]:0', allow: [{{{rule}, nodes: ['*'], ports: [10250]}}]}}\n"
+        )
+    };
+    let doors = [
+        door("from: [127.0.0.1]"),
+        door("from: ['::ffff:127.0.0.0/104']"),
+        door("from: ['::1', '::/1']"),
+    ];
+    let file = configuration_of(dir.path(), &doors.concat(), "");
+    let stack = Stack::start_with(dir, &file);
+    for (door, v4, v6) in [(0, true, false), (1, true, false), (2, false, true)] {
+        let port = stack.tcp(door).port();
+        for (from, heard) in [
+            (SocketAddr::from((Ipv4Addr::LOCALHOST, port)), v4),
+            (SocketAddr::from((Ipv6Addr::LOCALHOST, port)), v6),
+        ] {
+            let asked = async {
+                #[expect(clippy::disallowed_methods, reason = "a requester")]
+                let mut stream = TcpStream::connect(from).await?;
+                stream
+                    .write_all(b"GET / HTTP/1.1\r\nHost: nobody\r\n\r\n")
+                    .await
+                    .ok();
+                rest(&mut stream).await
+            };
+            let said = within(asked).await;
+            let told = |bytes: &Vec<u8>| bytes.starts_with(b"HTTP/1.1 403 nobody is no node");
+            assert_eq!(
+                said.as_ref().is_ok_and(told),
+                heard,
+                "{door} {from} {said:?}"
+            );
+            assert_eq!(is_reset(said), !heard, "{door} {from}");
+        }
+    }
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_header_says_who_asks_and_what_was_dialled() {
     let mut edge = JoinSet::new();
     let port = shouter(&mut edge).await;
     // The agent dials what was asked for.
     let routes = "routes: [{node: edge1, addresses: [127.0.0.0/8]}]";
-    let settings = "allow: [{from: [192.0.2.0/24], nodes: ['*'], ports: ['1-65535']}], \
-        proxyProtocol: {trusted: [127.0.0.1]}";
-    let mut stack = start(settings, routes);
+    let settings = format!(
+        "allow: [{{from: [192.0.2.0/24], nodes: [edge1], ports: [{port}]}}], proxyProtocol: {{trusted: [127.0.0.1]}}"
+    );
+    let mut stack = start(&settings, routes);
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
     let node = format!("127.0.0.1:{port}");
@@ -495,6 +616,12 @@ async fn a_proxy_header_says_who_asks_and_what_was_dialled() {
             [v2(0x21, known, &node), v2(0x21, known, &node)].concat(),
             "not_allowed",
             4.0,
+        ),
+        (
+            "a port that no rule has",
+            [v2(0x21, known, "127.0.0.1:1"), b"\0".to_vec()].concat(),
+            "not_allowed",
+            5.0,
         ),
         (
             "ourselves",

@@ -19,6 +19,10 @@ fn user(name: &str, from: &str) -> Requester {
     tcp(Who::User(name.into()), from)
 }
 
+fn source(from: &str) -> Requester {
+    Requester::from_source(SocketAddr::new(from.parse().unwrap(), 40_000), None)
+}
+
 fn uid(uid: Option<u32>) -> Requester {
     Requester::new(&Peer::Unix { uid, pid: Some(7) })
 }
@@ -28,6 +32,8 @@ const RULES: &str = "
 - {users: [grafana], from: [10.0.0.0/8, 'fd00::/64'], nodes: ['edge-*'], ports: ['9000-9199']}
 - {uids: [0, 65532], nodes: ['*'], ports: ['1-65535'], elsewhere: true}
 - {clients: [kube-apiserver], nodes: [edge-1], ports: [10250]}
+- {from: [10.96.0.0/16, 'fd01::/64'], nodes: ['edge-*'], ports: [10250]}
+- {clients: [narrow], from: [10.97.0.0/16], nodes: ['*'], ports: [10250]}
 ";
 
 #[test]
@@ -79,6 +85,18 @@ fn the_first_rule_that_fits_permits_and_without_one_nothing_is() {
         ),
         (tcp(Who::Unproved, "10.1.2.3"), edge("edge-1"), 9100, None),
         (Requester::pool(), edge("edge-1"), 9100, None),
+        // Known by network alone: only rules that ask for nothing else, and for proof no such rule.
+        (source("10.96.0.9"), edge("edge-1"), 10250, Some(4)),
+        (source("::ffff:10.96.0.9"), edge("edge-1"), 10250, Some(4)),
+        (source("fd01::9"), edge("edge-1"), 10250, Some(4)),
+        (source("10.96.0.9"), edge("edge-1"), 9100, None),
+        (source("10.96.0.9"), edge("site-1"), 10250, None),
+        (source("10.96.0.9"), Target::Elsewhere, 10250, None),
+        (source("10.97.0.9"), edge("edge-1"), 10250, None),
+        (source("10.1.2.3"), edge("edge-1"), 9100, None),
+        (client("other", "10.96.0.9"), edge("edge-1"), 10250, None),
+        (user("other", "10.96.0.9"), edge("edge-1"), 10250, None),
+        (tcp(Who::Unproved, "10.96.0.9"), edge("edge-1"), 10250, None),
     ] {
         let decided = decide(&rules, &requester, target, port).ok();
         let wanted = wanted.map(|n: usize| &rules[n]);
@@ -130,12 +148,42 @@ fn a_refusal_names_who_and_what_and_not_the_rules() {
     );
 }
 
+#[test]
+fn who_is_named_by_no_rule_is_not_heard_at_all() {
+    let listed = Policy::Listed(rules(RULES));
+    let balancer = Some("192.0.2.10:7".parse().unwrap());
+    let through =
+        |from: &str| Requester::from_source(SocketAddr::new(from.parse().unwrap(), 1), balancer);
+    for (requester, heard) in [
+        (source("10.96.0.9"), true),
+        (source("::ffff:10.96.0.9"), true),
+        (through("10.96.0.9"), true),
+        // Where the balancer is says nothing of whom it speaks for.
+        (through("192.0.2.10"), false),
+        (source("10.97.0.9"), false),
+        (source("fd01:1::9"), false),
+        (tcp(Who::Unproved, "10.96.0.9"), false),
+    ] {
+        assert_eq!(listed.hear(&requester).is_ok(), heard, "{requester:?}");
+        assert!(Policy::Listed(Vec::new()).hear(&requester).is_err());
+        assert!(Policy::Open.hear(&requester).is_ok());
+    }
+    let refusal = listed.hear(&through("::ffff:10.97.0.9")).unwrap_err();
+    assert_eq!(refusal.reason, Reason::NotAllowed);
+    assert_eq!(
+        refusal.sentence,
+        "source/10.97.0.9 via 192.0.2.10:7: not allowed: no rule names it"
+    );
+}
+
 fn anybody() -> impl Strategy<Value = Requester> {
     let who = prop_oneof![
         ".*".prop_map(Who::Client),
         ".*".prop_map(Who::User),
         any::<Option<u32>>().prop_map(Who::Uid),
         Just(Who::Unproved),
+        any::<(IpAddr, Option<SocketAddr>)>()
+            .prop_map(|(address, via)| Who::Source { address, via }),
         Just(Who::Pool),
     ];
     let peer = prop_oneof![
@@ -149,22 +197,24 @@ fn some_rule() -> impl Strategy<Value = Rule> {
     let name = || prop_oneof![Just("*".to_owned()), "[a-c]{0,2}\\*?"];
     let names = move || proptest::collection::vec(name().prop_map(crate::config::Pattern), 0..3);
     let ports = prop_oneof![Just("1-65535"), Just("80"), Just("9000-9100")];
+    let from = prop_oneof![Just("0.0.0.0/0"), Just("10.0.0.0/8")];
     let parts = (
         names(),
         names(),
         proptest::collection::vec(0_u32..3, 0..3),
         names(),
         proptest::collection::vec(ports, 0..2),
+        proptest::collection::vec(from, 0..2),
         any::<bool>(),
     );
-    parts.prop_map(|(clients, users, uids, nodes, ports, elsewhere)| {
-        let shown = serde_json::to_string(&ports).unwrap();
-        let ports = rules(&format!("[{{ports: {shown}}}]"))[0].ports.clone();
+    parts.prop_map(|(clients, users, uids, nodes, ports, from, elsewhere)| {
+        let shown = serde_json::to_string(&(ports, from)).unwrap();
+        let (ports, from): (Vec<_>, Vec<_>) = serde_json::from_str(&shown).unwrap();
         Rule {
             clients,
             users,
             uids,
-            from: Vec::new(),
+            from,
             nodes,
             ports,
             elsewhere,
