@@ -15,6 +15,7 @@
 //! | kube-apiserver can't be reached, 5xx, 429 | the watch is resumed where it was, with back-off up to 10 s; after 8 in a row all is read anew |
 //! | 410 Gone (in the watch, at its start, within the pages) | all is read anew; nothing is dropped meanwhile |
 //! | 401, 403, an unreadable kubeconfig | said in log, `status` and gauges; credentials and all nodes are read anew, with back-off |
+//! | it ends each watch at once, and well | the next is opened after a pause that doubles up to 10 s; what has changed comes with it |
 //! | it says nothing, not even the end of a watch that was asked to last a minute | the connection is given up after 150 s |
 //! | a Node that can't be read | that answer counts as a failure; the last snapshot stays |
 //!
@@ -28,6 +29,7 @@ mod client;
 pub mod dns;
 pub mod lease;
 pub mod nodes;
+mod pace;
 mod questions;
 mod standing;
 mod table;

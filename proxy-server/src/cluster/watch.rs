@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::client::Source;
 use super::nodes::{Node, Nodes, Watched};
+use super::pace::Pace;
 use super::{Cluster, ClusterTable};
 use crate::config::Kubernetes;
 
@@ -26,8 +27,8 @@ const SILENCE: Duration = Duration::from_secs(150);
 /// Changes are gathered so long: a table of 10,000 nodes takes milliseconds, and nodes often change together.
 const GATHER: Duration = Duration::from_millis(100);
 /// Pauses after failures: random below a ceiling that doubles.
-const LEAST_PAUSE: Duration = Duration::from_millis(200);
-const MOST_PAUSE: Duration = Duration::from_secs(10);
+pub(super) const LEAST_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const MOST_PAUSE: Duration = Duration::from_secs(10);
 /// Failures in a row after which the credential is read and all nodes are listed anew.
 const MOST_FAILURES: u32 = 8;
 
@@ -41,7 +42,7 @@ pub(crate) struct Watch {
 
 /// Failures since kube-apiserver last answered.
 #[derive(Debug, Default)]
-struct Failures {
+pub(super) struct Failures {
     row: u32,
     last: Option<Instant>,
 }
@@ -55,7 +56,7 @@ impl Failures {
         self.last = Some(Instant::now());
     }
 
-    fn pause(&self) -> Duration {
+    pub(super) fn pause(&self) -> Duration {
         let ceiling = LEAST_PAUSE
             .saturating_mul(1 << self.row.min(10))
             .min(MOST_PAUSE);
@@ -67,10 +68,10 @@ impl Watch {
     /// For ever.
     #[expect(clippy::infinite_loop, reason = "ended by being dropped")]
     pub(crate) async fn run(self) -> Infallible {
-        let mut failures = Failures::default();
+        let (mut failures, pace) = (Failures::default(), Pace::default());
         loop {
             match self.source.connect(&self.cluster).await {
-                Ok(client) => self.follow(client, &mut failures).await,
+                Ok(client) => self.follow(pace.of(client), &mut failures).await,
                 Err(error) => self.fail(&mut failures, daemon::chain(&error).to_string()),
             }
             sleep(failures.pause()).await;
@@ -83,7 +84,7 @@ impl Watch {
     }
 
     /// Lists and watches until that must begin anew.
-    async fn follow(&self, client: Client, failures: &mut Failures) {
+    pub(super) async fn follow(&self, client: Client, failures: &mut Failures) {
         let settings = watcher::Config::default()
             .page_size(PAGE)
             .timeout(WATCH_SECONDS);

@@ -48,6 +48,8 @@ pub(crate) enum Mood {
     Elsewhere,
     /// No request is answered; watches that run go on.
     Silent,
+    /// Watches end as soon as they have said what is new, and well.
+    EndsWatches,
 }
 
 #[derive(Debug)]
@@ -145,7 +147,10 @@ impl Api {
                                 Mood::Silent => std::future::pending().await,
                                 Mood::Nonsense => return Ok(whole(StatusCode::OK, &json!({}))),
                                 Mood::Elsewhere => return Ok(elsewhere()),
-                                Mood::Well | Mood::Status(_) | Mood::PagesGone => {}
+                                Mood::Well
+                                | Mood::Status(_)
+                                | Mood::PagesGone
+                                | Mood::EndsWatches => {}
                             }
                             Ok::<_, Infallible>(match request.uri().path() {
                                 "/api/v1/nodes" => answer(state, changed, &request),
@@ -296,12 +301,21 @@ fn answer(
     match locked.mood {
         Mood::Status(code) => return status(code),
         Mood::PagesGone if kind == "list+" => return status(410),
-        Mood::Well | Mood::PagesGone | Mood::Nonsense | Mood::Elsewhere | Mood::Silent => {}
+        Mood::Well
+        | Mood::PagesGone
+        | Mood::EndsWatches
+        | Mood::Nonsense
+        | Mood::Elsewhere
+        | Mood::Silent => {}
     }
     if watches {
         let from = query["resourceVersion"].parse::<u64>().unwrap();
         assert_eq!(query["allowWatchBookmarks"], "true");
-        let seconds = query["timeoutSeconds"].parse().unwrap();
+        let seconds = if locked.mood == Mood::EndsWatches {
+            0
+        } else {
+            query["timeoutSeconds"].parse().unwrap()
+        };
         drop(locked);
         return events(state, changed, from, Duration::from_secs(seconds));
     }

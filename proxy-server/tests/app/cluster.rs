@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use crate::api::{Api, Mood};
 use crate::scrape::{BASIC, ask, exporter};
-use crate::stack::{DEADLINE, Stack, allow, shouter, within};
+use crate::stack::{DEADLINE, Stack, allow, eventually, shouter, within};
 
 /// A node at the edge, as a kubelet writes it.
 pub(crate) fn edge(name: &str, addresses: &[&str]) -> Value {
@@ -336,6 +336,28 @@ async fn a_cut_watch_resumes_at_its_bookmark() {
     api.put(edge("edge3", &[]));
     is_told(&stack, "edge3:1", "503 node edge3").await;
     assert!(api.seen("watch") > watches);
+    assert_eq!(api.seen("list"), 1, "nothing was read anew");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_ends_each_watch_at_once_is_asked_ever_slower_and_followed_all_the_same() {
+    const WATCHES: usize = 5;
+    let api = Api::start().await;
+    api.put(edge("edge1", &[]));
+    api.mood(Mood::EndsWatches);
+    let began = tokio::time::Instant::now();
+    let stack = start(&api, "");
+    eventually("watches", || api.seen("watch") >= WATCHES).await;
+    // Pauses of at least 0.2, 0.4, 0.8 and 1.6 s are between them.
+    let took = began.elapsed();
+    assert!(took >= Duration::from_secs(3), "{WATCHES} in {took:?}");
+    api.put(edge("edge2", &[]));
+    is_told(&stack, "edge2:1", "503 node edge2").await;
+    assert_eq!(stack.metric("corvid_cluster_failures_total").await, 0.0);
+    api.mood(Mood::Well);
+    api.put(edge("edge3", &[]));
+    is_told(&stack, "edge3:1", "503 node edge3").await;
     assert_eq!(api.seen("list"), 1, "nothing was read anew");
     stack.stop().await;
 }
