@@ -157,7 +157,7 @@ fn intercept(settings: &Intercept, key: impl Fn(&str) -> String, problems: &mut 
         "must be within 1 to 65535",
     );
     if let Some(from) = &settings.from {
-        let port = settings.port.or(settings.listen.port());
+        let port = settings.port.or_else(|| settings.listen.port());
         let from: Vec<String> = from.iter().map(|cidr| cidr.0.to_string()).collect();
         let rule = format!(
             "{{from: [{}], nodes: ['*'], ports: [{}]}}",
