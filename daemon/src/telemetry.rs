@@ -19,6 +19,8 @@ use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::tasks;
 
+/// Dependencies warn of each try; we tell of a failure once. A filter that names them has its way.
+const REPEATED: &str = "kube_runtime=error";
 /// Longest filter that is parsed; real ones have a few dozen bytes.
 const MAX_FILTER_LEN: usize = 4096;
 
@@ -188,7 +190,7 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, TelemetryError> {
         return Err(TelemetryError::TooLong);
     }
     EnvFilter::builder()
-        .parse(filter)
+        .parse(format!("{REPEATED},{filter}"))
         .map_err(|source| TelemetryError::Filter {
             filter: filter.to_owned(),
             source,

@@ -75,7 +75,9 @@ pub struct Freshness {
     pub synced: bool,
     /// When kube-apiserver last answered well.
     pub answered: Option<Instant>,
-    /// Why it does not, since then.
+    /// When a watch was last opened.
+    followed: Option<Instant>,
+    /// Why none is, since then.
     pub failure: Option<String>,
 }
 
@@ -170,8 +172,13 @@ impl Cluster {
 
     /// kube-apiserver answered well.
     fn answered(&self) {
+        self.freshness.lock().answered = Some(Instant::now());
+    }
+
+    /// A watch was opened, so nothing is wrong. A list alone does not tell: who may list may still not watch.
+    fn followed(&self) {
         let mut freshness = self.freshness.lock();
-        freshness.answered = Some(Instant::now());
+        freshness.followed = Some(Instant::now());
         if freshness.failure.take().is_some() {
             tracing::info!("kube-apiserver answers again");
         }

@@ -15,6 +15,7 @@ use kube::client::{Body, Client};
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
+use super::Cluster;
 use super::watch::{LEAST_PAUSE, MOST_PAUSE};
 
 /// A watch that ends sooner ends early. One is asked to last a minute.
@@ -52,11 +53,11 @@ impl Opened {
 }
 
 impl Pace {
-    /// The client, with watches at this pace.
-    pub(super) fn of(&self, client: Client) -> Client {
+    /// The client, with watches at this pace; each that is opened is noted in `cluster`.
+    pub(super) fn of(&self, client: Client, cluster: Arc<Cluster>) -> Client {
         let (pace, namespace) = (self.clone(), client.default_namespace().to_owned());
         let service = tower::service_fn(move |request: Request<Body>| {
-            let (pace, client) = (pace.clone(), client.clone());
+            let (pace, client, cluster) = (pace.clone(), client.clone(), Arc::clone(&cluster));
             async move {
                 if !is_watch(&request) {
                     return client.send(request).await;
@@ -69,6 +70,7 @@ impl Pace {
                 let response = client.send(request).await?;
                 if response.status().is_success() {
                     pace.0.lock().at = Some(Instant::now());
+                    cluster.followed();
                 }
                 Ok(response)
             }
@@ -95,7 +97,6 @@ mod tests {
     use serde_json::json;
     use tokio::time::timeout;
 
-    use super::super::Cluster;
     use super::super::client::Source;
     use super::super::watch::{Failures, Watch};
     use super::*;
@@ -109,8 +110,8 @@ mod tests {
         AtOnce,
         /// With the word that all has to be read anew.
         Gone,
-        /// They are not opened.
-        Refused,
+        /// They are not opened, with this code.
+        Refused(u16),
     }
 
     /// When a follower asked a server for so long; lists and watches.
@@ -126,7 +127,7 @@ mod tests {
             async move { Ok::<_, Infallible>(answer) }
         });
         let watch = Watch {
-            cluster,
+            cluster: Arc::clone(&cluster),
             source: Source::InCluster,
             settings: Kubernetes::default(),
         };
@@ -134,7 +135,7 @@ mod tests {
         let follow = async {
             let mut failures = Failures::default();
             loop {
-                let client = pace.of(Client::new(server.clone(), "default"));
+                let client = pace.of(Client::new(server.clone(), "default"), Arc::clone(&cluster));
                 watch.follow(client, &mut failures).await;
                 sleep(failures.pause()).await;
             }
@@ -173,9 +174,9 @@ mod tests {
             }
             Ends::AtOnce => Response::new(Empty::new().boxed_unsync()),
             Ends::Gone => whole(json!({"type": "ERROR", "object": status(410)}).to_string()),
-            Ends::Refused => {
-                let mut response = whole(status(503).to_string());
-                *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+            Ends::Refused(code) => {
+                let mut response = whole(status(code).to_string());
+                *response.status_mut() = code.try_into().unwrap();
                 response
             }
         }
@@ -212,8 +213,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_refused_is_paused_for_once_and_not_twice() {
-        let (_lists, watches) = asked(Ends::Refused, HOUR).await;
+        let (_lists, watches) = asked(Ends::Refused(503), HOUR).await;
         assert!(gaps(&watches).iter().all(|gap| *gap <= MOST_PAUSE * 3));
+        assert!(watches.len() > 300, "{}", watches.len());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_may_list_and_not_watch_asks_at_a_bounded_rate() {
+        let (lists, watches) = asked(Ends::Refused(403), HOUR).await;
+        assert!(lists.len() < 1_500, "{}", lists.len());
         assert!(watches.len() > 300, "{}", watches.len());
     }
 

@@ -40,7 +40,7 @@ pub(crate) struct Watch {
     pub(crate) settings: Kubernetes,
 }
 
-/// Failures since kube-apiserver last answered.
+/// Failures since a watch was last opened.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
     row: u32,
@@ -48,8 +48,8 @@ pub(super) struct Failures {
 }
 
 impl Failures {
-    fn add(&mut self, answered: Option<Instant>) {
-        if answered > self.last {
+    fn add(&mut self, followed: Option<Instant>) {
+        if followed > self.last {
             self.row = 0;
         }
         self.row = self.row.saturating_add(1);
@@ -71,7 +71,10 @@ impl Watch {
         let (mut failures, pace) = (Failures::default(), Pace::default());
         loop {
             match self.source.connect(&self.cluster).await {
-                Ok(client) => self.follow(pace.of(client), &mut failures).await,
+                Ok(client) => {
+                    let client = pace.of(client, Arc::clone(&self.cluster));
+                    self.follow(client, &mut failures).await;
+                }
                 Err(error) => self.fail(&mut failures, daemon::chain(&error).to_string()),
             }
             sleep(failures.pause()).await;
@@ -79,7 +82,7 @@ impl Watch {
     }
 
     fn fail(&self, failures: &mut Failures, why: String) {
-        failures.add(self.cluster.freshness().answered);
+        failures.add(self.cluster.freshness().followed);
         self.cluster.failed(why);
     }
 
@@ -265,15 +268,15 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_and_an_answer_ends_the_row() {
+    fn pauses_grow_and_a_watch_ends_the_row() {
         let mut failures = Failures::default();
         for _ in 0..20 {
             failures.add(None);
             assert!(failures.pause() >= LEAST_PAUSE && failures.pause() <= MOST_PAUSE);
         }
         assert_eq!(failures.row, 20);
-        let answered = Instant::now() + Duration::from_secs(1);
-        failures.add(Some(answered));
+        let followed = Instant::now() + Duration::from_secs(1);
+        failures.add(Some(followed));
         assert_eq!(failures.row, 1);
     }
 }
