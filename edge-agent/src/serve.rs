@@ -87,6 +87,7 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
                     recv.reset(reason);
                     return;
                 }
+                () = serving.cut.cancelled() => Err(stopping()),
                 reached = reach(&serving, &header, &mut record) => reached,
             }
         }
@@ -119,6 +120,10 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
     }
 }
 
+fn stopping() -> Refusal {
+    (Reason::Draining, "the agent is stopping".to_owned())
+}
+
 /// Resolves when the stream is reset. What the server sends meanwhile is kept, up to a limit.
 async fn gone<R: RecvHalf>(recv: &mut R, early: &mut BytesMut) -> Reason {
     while early.len() < EARLY {
@@ -142,7 +147,7 @@ async fn reach(
     record: &mut Record,
 ) -> Result<(TcpStream, FilePermit), Refusal> {
     if serving.refusing.is_cancelled() {
-        return Err((Reason::Draining, "the agent is stopping".to_owned()));
+        return Err(stopping());
     }
     let asked = Some(header.deadline).filter(|deadline| !deadline.is_zero());
     let limit = asked

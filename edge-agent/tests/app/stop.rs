@@ -9,7 +9,9 @@ use proto::Reason;
 use proto::transport::{SendHalf, StreamError};
 use tokio::io::AsyncReadExt;
 
-use crate::harness::{Destination, Server, Settings, eventually, read_to_end, scenario};
+use crate::harness::{
+    DEADLINE, Destination, Hanging, Server, Settings, eventually, read_to_end, scenario,
+};
 
 #[test]
 fn open_streams_may_end_and_new_ones_are_refused() {
@@ -83,6 +85,34 @@ fn streams_that_do_not_end_are_cut_with_a_reason() {
                 drop((send, recv, peer, destination));
                 server.stop().await;
             }
+        },
+    );
+}
+
+#[test]
+fn a_dial_that_outlasts_the_grace_is_refused_with_a_reason() {
+    scenario(
+        "stop::a_dial_that_outlasts_the_grace_is_refused_with_a_reason",
+        async {
+            let ca = TestCa::new();
+            let mut server = Server::new(&ca, "s1").await;
+            let mut settings = Settings::new(&ca, &[&server]);
+            settings.more = "drain: {grace: 300ms}\n".to_owned();
+            let mut agent = settings.start();
+            let mut peer = server.session().await;
+            let hanging = Hanging::new();
+            let address = hanging.address.to_string();
+            let mut asked = peer.ask_within(&address, DEADLINE).await;
+            agent.stop.shutdown.cancel();
+            peer.told().await;
+            let (reason, said) = asked.reply().await.unwrap_err();
+            assert_eq!(
+                (reason, said.as_str()),
+                (Reason::Draining, "the agent is stopping")
+            );
+            assert_eq!(agent.ended().await.unwrap(), Exit::Drained);
+            drop((peer, hanging));
+            server.stop().await;
         },
     );
 }

@@ -116,9 +116,11 @@ impl Door {
             Self::Konnectivity(listener, door) => {
                 tracing::info!(listen = %listener.bound(), direct = **door.elsewhere.load() == Elsewhere::Direct, "requests: konnectivity");
                 let serve = |stream, peer| Arc::clone(&door).serve(stream, peer);
+                // It refuses in words to the end of the drain, where others close: its clients would wait for a closed one.
+                let never = CancellationToken::new();
                 log_end(
                     "frontend",
-                    listener.serve("request", tasks, stop, serve).await,
+                    listener.serve("request", tasks, never, serve).await,
                 );
             }
             Self::Proxy(listener, door) => {

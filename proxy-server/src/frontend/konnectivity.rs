@@ -34,7 +34,7 @@
 //! | a packet of unknown type, or whose payload is not of its type | passed over |
 //! | a message over 4 MiB, garbage in place of one | the call ends |
 //! | no call within `timeouts.header`, no dial within a call's first | the connection, the call ends |
-//! | we stop | calls without connections end, new dials are refused, the rest may finish within the grace |
+//! | we stop | calls without connections end, new dials are refused, the rest may finish within the grace. The socket stays until then: the client would try for 30 s to reach one that is not there, and say nothing of why |
 //!
 //! kube-apiserver puts the socket's path into `:authority`, which no HTTP/2 server in Rust accepts; see `authority.rs`.
 
@@ -47,7 +47,6 @@ mod table;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use arc_swap::ArcSwap;
@@ -112,13 +111,15 @@ impl Konnectivity {
     /// Serves one connection.
     pub async fn serve(self: Arc<Self>, stream: Stream, peer: Peer) {
         let stopping = self.tasks.stopping();
-        let called = Arc::new(AtomicBool::new(false));
+        // One that comes while we stop is there to be told so: it may call once.
+        let comes_late = stopping.is_cancelled();
+        let called = CancellationToken::new();
         let first_call = self.forwarder.timeouts.header;
         let executor = Executor(self.tasks.clone());
         let calls = ProxyServiceServer::new(Calls {
             frontend: self,
             requester: Requester::new(&peer),
-            called: Arc::clone(&called),
+            called: called.clone(),
         });
         let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
             let mut calls = calls.clone();
@@ -132,8 +133,14 @@ impl Konnectivity {
             .max_send_buf_size(SEND_BUFFER)
             .serve_connection(TokioIo::new(Readable::new(stream)), service);
         let late = tokio::time::sleep(first_call).fuse();
-        tokio::pin!(connection, late);
-        let mut told = false;
+        let no_more_calls = async {
+            stopping.cancelled().await;
+            if comes_late {
+                called.cancelled().await;
+            }
+        };
+        let no_more_calls = no_more_calls.fuse();
+        tokio::pin!(connection, late, no_more_calls);
         loop {
             tokio::select! {
                 ended = connection.as_mut() => {
@@ -142,12 +149,9 @@ impl Konnectivity {
                     }
                     return;
                 }
-                () = stopping.cancelled(), if !told => {
-                    told = true;
-                    connection.as_mut().graceful_shutdown();
-                }
+                () = &mut no_more_calls => connection.as_mut().graceful_shutdown(),
                 () = &mut late => {
-                    if !called.load(Ordering::Relaxed) {
+                    if !called.is_cancelled() {
                         return;
                     }
                 }
@@ -160,7 +164,7 @@ impl Konnectivity {
 struct Calls {
     frontend: Arc<Konnectivity>,
     requester: Requester,
-    called: Arc<AtomicBool>,
+    called: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -171,7 +175,7 @@ impl ProxyService for Calls {
         &self,
         request: Request<Streaming<Packet>>,
     ) -> Result<Response<Packets>, Status> {
-        self.called.store(true, Ordering::Relaxed);
+        self.called.cancel();
         let Konnectivity {
             forwarder,
             elsewhere,

@@ -530,6 +530,11 @@ async fn a_drain_lets_connections_finish_and_dials_nothing_new() {
         }
     };
     assert_eq!(refused, "proxy-server: stopping");
+    // The socket is still there: who comes now is told, too.
+    let mut late = Call::alone(&stack).await;
+    let refused = late.dial(&address, 1).await.unwrap_err();
+    assert_eq!(refused, "proxy-server: stopping");
+    assert!(late.heard().await.unwrap().is_none());
     call.say(data(id, "still served")).await;
     assert_eq!(call.bytes(id, 12).await, b"still served");
     call.say(close(id)).await;

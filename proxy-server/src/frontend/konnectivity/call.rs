@@ -53,6 +53,8 @@ impl Call {
     /// Serves the call until the requester ends it or, while we stop, until nothing is left in it.
     pub(super) async fn run(self: Arc<Self>, mut incoming: Streaming<Packet>) {
         let stopping = self.tasks.stopping();
+        // A call that comes while we stop is there to be told so: it may dial once.
+        let late = stopping.is_cancelled();
         let mut dials = 0;
         loop {
             let drained = async {
@@ -63,7 +65,7 @@ impl Call {
                 biased;
                 () = self.gone.cancelled() => break,
                 next = incoming.message() => next,
-                () = drained => break,
+                () = drained, if !late || dials > 0 => break,
                 () = sleep(self.forwarder.timeouts.header), if dials == 0 => break,
             };
             // tonic does not tell a call that was reset from one whose requester has no more to say.
