@@ -25,10 +25,13 @@ minor=${version#v*.}
 package=k8s.io/component-base/version
 flags="-s -w -X $package.gitVersion=$version -X $package.gitMajor=${version:1:1} -X $package.gitMinor=${minor%%.*}"
 mkdir -p "$bin"
-for module in k8s metrics-server; do
-  stamp=$(cat "$module"/go.* build.sh | sha256sum)
+for module in konnectivity k8s metrics-server coredns; do
+  stamp=$(cat "$module"/* build.sh | sha256sum)
   if [ "$(cat "$bin/.stamp-$module" 2>/dev/null)" = "$stamp" ]; then continue; fi
   echo "building the tools of e2e/kubernetes/$module (minutes when Go's build cache is cold)"
-  (cd "$module" && CGO_ENABLED=0 go build -trimpath -o "$bin" -ldflags "$flags" tool)
+  # A program of ours, or the tools that the go.mod names.
+  what=tool
+  if [ -e "$module/main.go" ]; then what=.; fi
+  (cd "$module" && CGO_ENABLED=0 go build -trimpath -o "$bin" -ldflags "$flags" "$what")
   echo "$stamp" >"$bin/.stamp-$module"
 done

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod konnectivity;
 pub mod kubelet;
 pub mod lab;
 pub mod link;

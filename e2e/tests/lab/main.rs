@@ -14,6 +14,7 @@ mod api;
 mod content;
 mod harness;
 mod intercept;
+mod konnectivity;
 mod line;
 mod load;
 mod outage;
