@@ -20,26 +20,32 @@ use tempfile::TempDir;
 use crate::lab::binary;
 use crate::net::{Host, Net};
 
+mod account;
 pub mod content;
 mod control_plane;
+mod dns;
 mod image;
 mod kubectl;
 mod node;
 mod pki;
 pub mod pods;
+mod rbac;
 mod running;
 mod sandbox;
 mod scrapers;
 mod steps;
 mod tunnel;
 
+use account::Account;
 pub use control_plane::{ADDRESS_TYPES, Egress};
 use control_plane::{ControlPlane, PUBLIC};
+pub use dns::CoreDns;
 pub use kubectl::Kubectl;
 use node::Node;
 use pki::Pki;
+pub use rbac::Grant;
 pub use running::Running;
-pub use scrapers::Prometheus;
+pub use scrapers::{Prometheus, aggregated_api};
 pub use steps::{Steps, report, until};
 pub use tunnel::{Programs, Session, Tunnel};
 
@@ -48,6 +54,8 @@ pub const NODES: [&str; 2] = ["edge1", "edge2"];
 /// The one address of both.
 pub const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 1, 10));
 
+/// A kubelet tells of its node each few seconds.
+const READDRESSED: Duration = Duration::from_secs(60);
 /// State folders of ours start so; the pid of the run follows.
 const STATE: &str = "corvid-k8s-";
 
@@ -56,7 +64,7 @@ const STATE: &str = "corvid-k8s-";
 pub struct Cluster {
     kubectl: Kubectl,
     tunnel: Tunnel,
-    _nodes: Vec<Node>,
+    nodes: Vec<Node>,
     control_plane: ControlPlane,
     pki: Pki,
     net: Net,
@@ -100,10 +108,6 @@ impl Cluster {
         for name in NODES {
             nodes.push(Node::start(&net.host(name)?, state, logs)?);
         }
-        let mut tunnel = Tunnel::start(&cloud, programs, state, logs)?;
-        for name in NODES {
-            tunnel.join(&net.host(name)?)?;
-        }
         for node in &nodes {
             node.import(&archive)?;
         }
@@ -114,10 +118,15 @@ impl Cluster {
         for node in &mut nodes {
             node.kubelet(&tools.join("kubelet"), &pki, ADDRESS, &server)?;
         }
+        let account = Account::new(&kubectl, &pki, state.join("account"))?;
+        let mut tunnel = Tunnel::start(&cloud, programs, account, state, logs)?;
+        for name in NODES {
+            tunnel.join(&net.host(name)?)?;
+        }
         let cluster = Self {
             kubectl,
             tunnel,
-            _nodes: nodes,
+            nodes,
             control_plane,
             pki,
             net,
@@ -135,10 +144,18 @@ impl Cluster {
         }
         for name in NODES {
             self.wait_for("condition=Ready", &format!("node/{name}"))?;
-            self.wait_for("condition=Ready", &format!("pod/{}", pods::name(name)))?;
+            self.wait_ready(&pods::name(name))?;
             self.tunnel.wait_session(name)?;
         }
         Ok(())
+    }
+
+    /// Waits until a pod is ready.
+    ///
+    /// # Errors
+    /// When it does not get so.
+    pub fn wait_ready(&self, pod: &str) -> Result<()> {
+        self.wait_for("condition=Ready", &format!("pod/{pod}"))
     }
 
     fn wait_for(&self, what: &str, object: &str) -> Result<()> {
@@ -152,6 +169,31 @@ impl Cluster {
             "waiting for {what} of {object}: {errors}"
         );
         Ok(())
+    }
+
+    /// Gives each node an address of its own, beside the one that both have, and has its kubelet take it.
+    ///
+    /// # Errors
+    /// When a kubelet does not start again, or Kubernetes does not learn of it.
+    pub fn readdress(&mut self) -> Result<Vec<IpAddr>> {
+        let (kubelet, server) = (tools()?.join("kubelet"), format!("https://{PUBLIC}:6443"));
+        let mut addresses = Vec::new();
+        for (last, node) in (21..).zip(&mut self.nodes) {
+            let name = node.name().to_owned();
+            let address = IpAddr::from([192, 168, 1, last]);
+            let host = self.net.host(&name)?;
+            host.ip(&format!("addr add {address}/24 dev eth0"))?;
+            node.kubelet(&kubelet, &self.pki, address, &server)?;
+            let internal = "jsonpath={.status.addresses[?(@.type=='InternalIP')].address}";
+            let get = ["get", "node", &name, "-o", internal];
+            until(READDRESSED, &format!("{name} has {address}"), || {
+                let now = String::from_utf8(self.kubectl.ok(&get)?)?;
+                ensure!(now == address.to_string(), "{now}");
+                Ok(())
+            })?;
+            addresses.push(address);
+        }
+        Ok(addresses)
     }
 
     /// Creates an object.
@@ -208,7 +250,9 @@ impl Cluster {
         self.net.host(name)
     }
 
-    fn logs(&self) -> PathBuf {
+    /// Where programs' output goes.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
         self.state.path().join("log")
     }
 
@@ -244,6 +288,7 @@ fn sweep() -> Result<()> {
 pub fn tools() -> Result<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/bin");
     for name in [
+        "coredns",
         "kube-apiserver",
         "kubeadm",
         "kubectl",

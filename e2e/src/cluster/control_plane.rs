@@ -19,14 +19,17 @@ pub(super) const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 /// Seven seconds on an idle machine of two cores; much more on one that is building something.
 const READY: Duration = Duration::from_secs(120);
 
-/// kube-apiserver's own `/etc/hosts`. For `nodes/NAME/proxy` it looks the name up, before it asks the egress selector for a
+/// kube-apiserver's own `/etc/hosts`, where it asks DNS for nodes.
+const LOCALHOST: &str = "127.0.0.1 localhost\n";
+
+/// kube-apiserver's own `/etc/hosts`, where it does not. For `nodes/NAME/proxy` it looks the name up, before it asks the egress selector for a
 /// connection to the name, and refuses loopback addresses and names that it does not find. What it finds is not used.
 const HOSTS: &str = "127.0.0.1 localhost\n192.168.1.10 edge1 edge2 ghost\n";
 
 /// Which of a node's addresses kube-apiserver dials. Two nodes have one address: only their names tell them apart.
 pub const ADDRESS_TYPES: &str = "Hostname,InternalIP";
 
-/// How kube-apiserver reaches what it calls `cluster`: kubelets, above all.
+/// How kube-apiserver reaches what it calls `cluster`, kubelets above all: by an egress selector, or without one.
 #[derive(Clone, Debug)]
 pub enum Egress {
     /// HTTP CONNECT over TCP, with a client certificate.
@@ -40,12 +43,16 @@ pub enum Egress {
     Grpc(PathBuf),
     /// HTTP CONNECT over a Unix socket.
     Unix(PathBuf),
+    /// None: it dials nodes by their names, for which it asks the DNS server that this `resolv.conf` has.
+    Names(PathBuf),
+    /// None: it dials the nodes' addresses.
+    Addresses,
 }
 
 impl Egress {
-    /// The EgressSelectorConfiguration.
+    /// The EgressSelectorConfiguration, where it takes one.
     #[must_use]
-    pub fn config(&self) -> Value {
+    pub fn config(&self) -> Option<Value> {
         let (protocol, transport) = match self {
             Self::Tls {
                 url,
@@ -59,15 +66,44 @@ impl Egress {
             ),
             Self::Grpc(path) => ("GRPC", json!({"uds": {"udsName": path}})),
             Self::Unix(path) => ("HTTPConnect", json!({"uds": {"udsName": path}})),
+            Self::Names(_) | Self::Addresses => return None,
         };
-        json!({
+        Some(json!({
             "apiVersion": "apiserver.k8s.io/v1beta1",
             "kind": "EgressSelectorConfiguration",
             "egressSelections": [{
                 "name": "cluster",
                 "connection": {"proxyProtocol": protocol, "transport": transport},
             }],
-        })
+        }))
+    }
+
+    /// The flags for it, whose file is in a folder.
+    fn flags(&self, dir: &Path) -> Result<Vec<String>> {
+        let types = match self {
+            Self::Addresses => "InternalIP",
+            Self::Tls { .. } | Self::Grpc(_) | Self::Unix(_) | Self::Names(_) => ADDRESS_TYPES,
+        };
+        let mut flags = vec![format!("--kubelet-preferred-address-types={types}")];
+        if let Some(config) = self.config() {
+            let file = dir.join("egress.json");
+            fs::write(&file, config.to_string())?;
+            flags.push(format!("--egress-selector-config-file={}", file.display()));
+        }
+        Ok(flags)
+    }
+
+    /// kube-apiserver's own `/etc/hosts` and `/etc/resolv.conf`.
+    fn resolution(&self, dir: &Path) -> Result<[PathBuf; 2]> {
+        let (hosts, resolver) = (dir.join("hosts"), dir.join("resolv.conf"));
+        fs::write(&resolver, "")?;
+        // What looks names up by DNS is to find them nowhere else.
+        let (names, resolver) = match self {
+            Self::Names(dns) => (LOCALHOST, dns.clone()),
+            Self::Tls { .. } | Self::Grpc(_) | Self::Unix(_) | Self::Addresses => (HOSTS, resolver),
+        };
+        fs::write(&hosts, names)?;
+        Ok([hosts, resolver])
     }
 }
 
@@ -141,8 +177,6 @@ impl ControlPlane {
     /// Starts kube-apiserver. It is ready once [`Self::wait_ready`] says so.
     pub(super) fn apiserver(&mut self, pki: &Pki, egress: &Egress) -> Result<()> {
         self.stop_apiserver()?;
-        let file = self.state.join("egress.json");
-        fs::write(&file, egress.config().to_string())?;
         let path = |name: &str| pki.path(name);
         let flags = [
             ("etcd-servers", "http://127.0.0.1:2379".to_owned()),
@@ -173,24 +207,23 @@ impl ControlPlane {
             ("proxy-client-cert-file", path("kubelet-client.crt")),
             ("proxy-client-key-file", path("kubelet-client.key")),
             ("enable-aggregator-routing", "true".to_owned()),
-            ("kubelet-preferred-address-types", ADDRESS_TYPES.to_owned()),
-            ("egress-selector-config-file", file.display().to_string()),
             ("authorization-mode", "Node,RBAC".to_owned()),
             // No controllers run, so nobody makes service accounts.
             ("disable-admission-plugins", "ServiceAccount".to_owned()),
         ];
-        let hosts = self.state.join("hosts");
-        fs::write(&hosts, HOSTS)?;
+        let [hosts, resolver] = egress.resolution(&self.state)?;
         let apiserver = Spawn::new("kube-apiserver", "unshare")
             .args([
                 "--mount",
                 "sh",
                 "-c",
-                "mount --bind \"$0\" /etc/hosts && exec \"$@\"",
+                "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"",
             ])
             .arg(&hosts)
+            .arg(&resolver)
             .arg(&self.program)
             .args(flags.map(|(flag, value)| format!("--{flag}={value}")))
+            .args(egress.flags(&self.state)?)
             .host(&self.host)
             .start(&self.logs)?;
         self.apiserver = Some(apiserver);

@@ -10,7 +10,7 @@ use tar::{Builder, EntryType, Header};
 use super::content::sha256;
 
 /// The image that the tests' containers run.
-pub(super) const BUSYBOX: &str = "corvid.test/busybox:1";
+pub const BUSYBOX: &str = "corvid.test/busybox:1";
 /// The image that holds a pod's namespaces; the same layer, asleep.
 pub(super) const PAUSE: &str = "corvid.test/pause:1";
 

@@ -50,6 +50,11 @@ impl Node {
         })
     }
 
+    /// Its name, which is its host's.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Gives containerd the images of an archive.
     pub(super) fn import(&self, archive: &Path) -> Result<()> {
         let booted = "containerd successfully booted";
@@ -98,6 +103,8 @@ impl Node {
             .args([
                 format!("--hostname-override={}", self.name),
                 format!("--node-ip={address}"),
+                // The proxy-server takes nodes with this label for edges, whether or not their agent was ever seen.
+                "--node-labels=openyurt.io/is-edge-worker=true".to_owned(),
             ])
             .start(&self.logs)?;
         self.kubelet = Some(kubelet);
@@ -115,10 +122,11 @@ impl Node {
             "kind": "KubeletConfiguration",
             "authentication": {
                 "anonymous": {"enabled": false},
-                "webhook": {"enabled": true},
+                // The default of two minutes may end while kube-apiserver is away.
+                "webhook": {"enabled": true, "cacheTTL": "1h"},
                 "x509": {"clientCAFile": pki.path("ca.crt")},
             },
-            "authorization": {"mode": "Webhook"},
+            "authorization": {"mode": "Webhook", "webhook": {"cacheAuthorizedTTL": "1h"}},
             "tlsCertFile": pki.path(&format!("{leaf}.crt")),
             "tlsPrivateKeyFile": pki.path(&format!("{leaf}.key")),
             "containerRuntimeEndpoint": format!("unix://{}", self.socket().display()),

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use super::content;
-use super::image::{BUSYBOX, FOR_EVER};
+pub use super::image::BUSYBOX;
+use super::image::FOR_EVER;
 
 /// Lines of `book`'s log: 50 MB.
 pub const BOOK_LINES: u64 = 100_000;
@@ -29,7 +30,6 @@ pub fn name(node: &str) -> String {
 /// * `tools` sleeps; commands are run in it
 /// * `book` has written a long log
 /// * `ticker` writes a numbered line each few milliseconds, for ever
-/// * `listener` repeats what it hears on its standard input
 /// * `web` serves a file by HTTP, `echo` sends back what it gets
 /// * `firehose` writes as fast as it can, once something is written to `/tmp/go`
 #[must_use]
@@ -37,54 +37,75 @@ pub fn pod(node: &str) -> Value {
     let book = content::awk(node, BOOK_LINES);
     let web = content::awk(node, WEB_LINES);
     let firehose = content::awk(node, FIREHOSE_LINES);
+    let containers = json!([
+        container("tools", &format!("exec sleep {FOR_EVER}")),
+        container(
+            "book",
+            &format!("{book}; >{WRITTEN}; exec sleep {FOR_EVER}")
+        ),
+        container("ticker", &ticker(node)),
+        container(
+            "web",
+            &format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www")
+        ),
+        container("echo", &format!("exec nc -ll -p {ECHO_PORT} -e cat")),
+        container(
+            "firehose",
+            &format!("mkfifo /tmp/go; read -r _ </tmp/go; {firehose}; exec sleep {FOR_EVER}")
+        ),
+    ]);
+    of_node(&name(node), node, &containers)
+}
+
+/// The name of [`listener`].
+#[must_use]
+pub fn listener_name(node: &str) -> String {
+    format!("listener-{node}")
+}
+
+/// A pod that repeats what it hears on its standard input, to the end of it: good for one who attaches to it.
+#[must_use]
+pub fn listener(node: &str) -> Value {
+    let heard = format!("{node} heard");
+    let script =
+        format!("while read -r line; do echo \"{heard} $line\"; done; echo {heard} the end");
+    let mut container = container("listener", &script);
+    if let Some(container) = container.as_object_mut() {
+        container.insert("stdin".to_owned(), json!(true));
+        // The first one who attaches brings the container's input, and its end.
+        container.insert("stdinOnce".to_owned(), json!(true));
+    }
+    of_node(&listener_name(node), node, &json!([container]))
+}
+
+/// A pod that is put onto a node, and ends at once when it is deleted.
+fn of_node(name: &str, node: &str, containers: &Value) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name(node)},
+        "metadata": {"name": name},
         "spec": {
             "nodeName": node,
             "automountServiceAccountToken": false,
             "enableServiceLinks": false,
             "terminationGracePeriodSeconds": 0,
             "restartPolicy": "Never",
-            "containers": [
-                container("tools", &format!("exec sleep {FOR_EVER}")),
-                container("book", &format!("{book}; >{WRITTEN}; exec sleep {FOR_EVER}")),
-                container("ticker", &ticker(node)),
-                listener(node),
-                container("web", &format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www")),
-                container("echo", &format!("exec nc -ll -p {ECHO_PORT} -e cat")),
-                container("firehose", &format!("mkfifo /tmp/go; read -r _ </tmp/go; {firehose}; exec sleep {FOR_EVER}")),
-            ],
+            "containers": containers,
         },
     })
 }
 
 fn container(name: &str, script: &str) -> Value {
-    spec(name, script, false)
+    json!({
+        "name": name,
+        "image": BUSYBOX,
+        "imagePullPolicy": "Never",
+        "command": ["/bin/sh", "-c", script],
+    })
 }
 
 /// Some fifty lines a second.
 fn ticker(node: &str) -> String {
     let rest = content::rest(node);
     format!("i=0; while :; do printf '%08d {rest}\\n' $i; i=$((i+1)); usleep 20000; done")
-}
-
-fn listener(node: &str) -> Value {
-    let heard = format!("{node} heard");
-    let script =
-        format!("while read -r line; do echo \"{heard} $line\"; done; echo {heard} the end");
-    spec("listener", &script, true)
-}
-
-/// With `stdin`, the first one who attaches brings the container's input, and its end.
-fn spec(name: &str, script: &str, stdin: bool) -> Value {
-    json!({
-        "name": name,
-        "image": BUSYBOX,
-        "imagePullPolicy": "Never",
-        "command": ["/bin/sh", "-c", script],
-        "stdin": stdin,
-        "stdinOnce": stdin,
-    })
 }

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::control_plane::PUBLIC;
 use super::{Cluster, NODES, tools};
+use crate::net::Host;
 use crate::process::{Process, Spawn, output};
 
 /// Where the forward proxy listens.
@@ -26,8 +27,8 @@ const METRICS_SERVER: u16 = 4443;
 
 /// A running Prometheus and the node exporters of both edges.
 #[derive(Debug)]
-pub struct Prometheus<'a> {
-    cluster: &'a Cluster,
+pub struct Prometheus {
+    cloud: Host,
     /// Prometheus is the last.
     programs: Vec<Process>,
 }
@@ -37,14 +38,13 @@ impl Cluster {
     ///
     /// # Errors
     /// When promtool does not accept the configuration, or a program does not start.
-    pub fn prometheus(&self) -> Result<Prometheus<'_>> {
+    pub fn prometheus(&self) -> Result<Prometheus> {
         let dir = self.dir().join("prometheus");
         fs::create_dir_all(&dir)?;
         fs::copy(self.scrapers_trust()?, dir.join("ca.crt"))?;
         fs::write(dir.join("password"), PASSWORD)?;
         let role = ["--verb=get", "--resource=nodes/metrics"];
-        let role = [&["create", "clusterrole", "scraper"][..], &role].concat();
-        self.kubectl().ok(&role)?;
+        self.once(&[&["clusterrole", "scraper"][..], &role].concat())?;
         fs::write(dir.join("token"), self.token_of("prometheus", "scraper")?)?;
         let shown = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus");
         let text = fs::read_to_string(shown.join("edge-nodes.yaml"))?
@@ -76,10 +76,7 @@ impl Cluster {
             .arg(format!("--web.listen-address=127.0.0.1:{PROMETHEUS}"))
             .host(&cloud);
         programs.push(prometheus.start(&self.logs())?);
-        Ok(Prometheus {
-            cluster: self,
-            programs,
-        })
+        Ok(Prometheus { cloud, programs })
     }
 
     /// Starts metrics-server, and tells kube-apiserver that it serves `metrics.k8s.io`.
@@ -126,7 +123,8 @@ impl Cluster {
             .env("NO_PROXY", "127.0.0.1")
             .host(&self.host("cloud")?)
             .start(&self.logs())?;
-        for object in aggregated_api() {
+        let endpoint = SocketAddrV4::new(PUBLIC, METRICS_SERVER);
+        for object in aggregated_api("metrics-server", "v1beta1.metrics.k8s.io", endpoint) {
             self.create(&object)?;
         }
         Ok(started)
@@ -141,23 +139,28 @@ impl Cluster {
         Ok(file)
     }
 
-    /// A token of a new ServiceAccount with that role, as a pod would have.
+    /// Creates an object, unless it is there.
+    fn once(&self, args: &[&str]) -> Result<()> {
+        let created = self.kubectl().output(&[&["create"], args].concat())?;
+        let errors = String::from_utf8_lossy(&created.stderr);
+        let there = created.status.success() || errors.contains("already exists");
+        ensure!(there, "create {args:?}: {errors}");
+        Ok(())
+    }
+
+    /// A token of a ServiceAccount with that role, as a pod would have.
     fn token_of(&self, account: &str, role: &str) -> Result<String> {
         let subject = format!("--serviceaccount=default:{account}");
         let role = format!("--clusterrole={role}");
         let token = ["create", "token", account];
-        for args in [
-            &["create", "serviceaccount", account][..],
-            &["create", "clusterrolebinding", account, &role, &subject],
-        ] {
-            self.kubectl().ok(args)?;
-        }
+        self.once(&["serviceaccount", account])?;
+        self.once(&["clusterrolebinding", account, &role, &subject])?;
         let token = self.kubectl().ok(&token)?;
         Ok(String::from_utf8(token)?.trim().to_owned())
     }
 }
 
-impl Prometheus<'_> {
+impl Prometheus {
     /// What Prometheus itself says.
     #[must_use]
     pub fn log(&self) -> String {
@@ -170,7 +173,7 @@ impl Prometheus<'_> {
     /// When Prometheus does not answer, or not as documented.
     pub fn query(&self, query: &str) -> Result<Vec<Value>> {
         let address = (Ipv4Addr::LOCALHOST, PROMETHEUS);
-        let text = self.cluster.host("cloud")?.enter(|| -> Result<String> {
+        let text = self.cloud.enter(|| -> Result<String> {
             let mut stream = TcpStream::connect(address)?;
             write!(stream, "GET /api/v1/query?query={query} HTTP/1.0\r\n\r\n")?;
             let mut text = String::new();
@@ -184,30 +187,32 @@ impl Prometheus<'_> {
     }
 }
 
-/// What makes kube-apiserver ask metrics-server: at its own address, as no proxy of Services runs here.
-fn aggregated_api() -> [Value; 3] {
-    let metadata = json!({"name": "metrics-server", "namespace": "kube-system"});
+/// What makes kube-apiserver ask `service` for an API, `VERSION.GROUP`: at its own address, as no proxy of Services runs here.
+#[must_use]
+pub fn aggregated_api(service: &str, api: &str, endpoint: SocketAddrV4) -> [Value; 3] {
+    let (version, group) = api.split_once('.').unwrap_or_default();
+    let metadata = json!({"name": service, "namespace": "kube-system"});
     [
         json!({
             "apiVersion": "v1", "kind": "Service", "metadata": metadata,
-            "spec": {"ports": [{"name": "https", "port": 443, "targetPort": METRICS_SERVER}]},
+            "spec": {"ports": [{"name": "https", "port": 443, "targetPort": endpoint.port()}]},
         }),
         json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
             "metadata": {
-                "name": "metrics-server", "namespace": "kube-system",
-                "labels": {"kubernetes.io/service-name": "metrics-server"},
+                "name": service, "namespace": "kube-system",
+                "labels": {"kubernetes.io/service-name": service},
             },
-            "ports": [{"name": "https", "port": METRICS_SERVER}],
-            "endpoints": [{"addresses": [PUBLIC], "conditions": {"ready": true}}],
+            "ports": [{"name": "https", "port": endpoint.port()}],
+            "endpoints": [{"addresses": [endpoint.ip()], "conditions": {"ready": true}}],
         }),
         json!({
             "apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
-            "metadata": {"name": "v1beta1.metrics.k8s.io"},
+            "metadata": {"name": api},
             "spec": {
-                "group": "metrics.k8s.io", "version": "v1beta1", "insecureSkipTLSVerify": true,
+                "group": group, "version": version, "insecureSkipTLSVerify": true,
                 "groupPriorityMinimum": 100, "versionPriority": 100,
-                "service": {"name": "metrics-server", "namespace": "kube-system"},
+                "service": {"name": service, "namespace": "kube-system"},
             },
         }),
     ]

@@ -4,23 +4,23 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde::Deserialize;
 use serde_json::json;
+use server::{CONFIG, DIRECT, KONNECTIVITY, SOCKET, Server};
 
+use super::account::Account;
 use super::control_plane::{Egress, PUBLIC};
-use super::scrapers::{PASSWORD, PROXY, USER};
 use super::steps::until;
 use crate::net::Host;
 use crate::process::{Process, Spawn};
 
-/// A session whose agent was killed says nothing, and ends after this long. The default is minutes, for edges whose line
-/// is cut now and then; here it is as short as keepalives of 10 s ± 2 s allow, so that the end can be waited for.
-const IDLE_TIMEOUT: &str = "15s";
-/// konnectivity's socket, in the tunnel's folder.
-const KONNECTIVITY: &str = "konnectivity.sock";
+mod seen;
+mod server;
+
 /// For one step of starting: nothing here takes more than a second on an idle machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -31,8 +31,9 @@ pub struct Tunnel {
     logs: PathBuf,
     cloud: Host,
     programs: Programs,
-    server: Process,
+    server: Server,
     agents: BTreeMap<String, Process>,
+    redirect: Option<Process>,
 }
 
 /// What the tests look at of a session.
@@ -64,66 +65,20 @@ pub struct Programs {
 impl Tunnel {
     /// The Unix socket at which kube-apiserver finds the tunnel.
     pub(super) fn socket(state: &Path) -> PathBuf {
-        state.join("tunnel/connect.sock")
+        state.join("tunnel").join(SOCKET)
     }
 
     /// Starts the proxy-server on the cloud host and waits until it listens.
     pub(super) fn start(
         cloud: &Host,
         programs: Programs,
+        account: Account,
         state: &Path,
         logs: &Path,
     ) -> Result<Self> {
         let dir = state.join("tunnel");
         fs::create_dir_all(&dir)?;
-        let config = json!({
-            "stateDir": dir.join("server"),
-            "name": "proxy-1",
-            // kube-apiserver names the server by its address, and checks it.
-            "certificate": {"ipAddresses": [PUBLIC]},
-            "backend": {"listen": [format!("{PUBLIC}:8443")], "idleTimeout": IDLE_TIMEOUT},
-            "frontends": [
-                {
-                    "type": "httpConnect",
-                    "listen": format!("unix:{}", Self::socket(state).display()),
-                    "default": "refuse",
-                },
-                {
-                    "type": "httpConnect",
-                    "listen": format!("tcp:{PUBLIC}:8444"),
-                    "default": "refuse",
-                    "allow": [{"clients": ["kube-apiserver"], "nodes": ["*"], "ports": [10250]}],
-                },
-                // For aggregated APIs, which are in the cloud.
-                {
-                    "type": "httpConnect",
-                    "listen": format!("unix:{}", dir.join("direct.sock").display()),
-                    "default": "direct",
-                },
-                {
-                    "type": "forwardProxy",
-                    "listen": format!("tcp:{PUBLIC}:{PROXY}"),
-                    "basicAuthFile": dir.join("scrapers"),
-                    "allow": [{"users": [USER], "nodes": ["*"], "ports": [10250, 9100]}],
-                },
-                {
-                    "type": "konnectivity",
-                    "listen": format!("unix:{}", dir.join(KONNECTIVITY).display()),
-                    "default": "refuse",
-                },
-            ],
-            "observe": {"listen": "127.0.0.1:9440"},
-            "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
-        });
-        fs::write(dir.join("proxy-server.yaml"), config.to_string())?;
-        let line = proxy_server::frontend::credentials::line(USER, PASSWORD)?;
-        fs::write(dir.join("scrapers"), line)?;
-        let server = Spawn::new("proxy-server", &programs.server)
-            .args(["run", "--config"])
-            .arg(dir.join("proxy-server.yaml"))
-            .host(cloud)
-            .start(logs)?;
-        server.wait_for_line("ready", DEADLINE)?;
+        let server = Server::new(cloud, &programs.server, account, &dir, logs)?;
         Ok(Self {
             dir,
             logs: logs.to_owned(),
@@ -131,22 +86,34 @@ impl Tunnel {
             programs,
             server,
             agents: BTreeMap::new(),
+            redirect: None,
         })
     }
 
+    /// The proxy-server.
+    #[must_use]
+    pub const fn server(&self) -> &Process {
+        &self.server.process
+    }
+
+    /// Starts the proxy-server again after it was killed, and waits until it listens.
+    ///
+    /// # Errors
+    /// When it still runs, or does not come up.
+    pub fn start_server(&mut self) -> Result<()> {
+        self.server.start_again()
+    }
+
     /// Starts the agent of an edge host, with a join token made for it. It is connected once [`Self::wait_session`] says so.
-    pub(super) fn join(&mut self, edge: &Host) -> Result<()> {
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn join(&mut self, edge: &Host) -> Result<()> {
         let name = edge.name();
-        let token = self.admin(&[
-            "token",
-            "create",
-            "--agents",
-            name,
-            "--config",
-            "proxy-server.yaml",
-        ])?;
+        let token = ["token", "create", "--agents", name, "--config", CONFIG];
+        let token = self.admin(&token)?;
         let token = token.lines().next().context("no token was printed")?;
-        let shown = self.admin(&["cert", "show", "--config", "proxy-server.yaml"])?;
+        let shown = self.admin(&["cert", "show", "--config", CONFIG])?;
         let pin = shown.split(|c: char| c.is_whitespace() || c == '"');
         let pin = pin.into_iter().find(|word| word.starts_with("sha256:"));
         let config = json!({
@@ -157,6 +124,30 @@ impl Tunnel {
         });
         fs::write(self.dir.join(format!("{name}.yaml")), config.to_string())?;
         self.start_agent(edge)
+    }
+
+    /// Asks for a certificate of an edge host's own with a ServiceAccount token, once, and returns what the agent said.
+    ///
+    /// # Errors
+    /// What the agent said in place of it.
+    pub fn enroll(&self, edge: &Host, token: &str) -> Result<String> {
+        let dir = tempfile::tempdir_in(&self.dir)?;
+        let token_file = dir.path().join("token");
+        fs::write(&token_file, token)?;
+        let config = json!({
+            "name": edge.name(),
+            "stateDir": dir.path().join("state"),
+            "servers": [format!("{PUBLIC}:8443")],
+            "join": {
+                "serviceAccountTokenFile": token_file,
+                "caFile": self.dir.join("server/ca/ca.crt"),
+            },
+        });
+        let file = dir.path().join(CONFIG);
+        fs::write(&file, config.to_string())?;
+        let mut command = edge.command(&self.programs.agent);
+        command.args(["enroll", "--config"]).arg(&file);
+        told(crate::process::output(command, DEADLINE)?)
     }
 
     /// Starts the agent of an edge host that has joined before.
@@ -207,14 +198,44 @@ impl Tunnel {
     /// # Errors
     /// When it does not.
     pub fn sessions(&self) -> Result<Vec<Session>> {
-        let socket = self.dir.join("admin.sock").display().to_string();
-        let status = self.admin(&["status", "--json", "--socket", &socket])?;
+        let status = self.admin(&["status", "--json", "--socket", &self.admin_socket()])?;
         serde_json::from_str(&status).with_context(|| format!("status is {status:?}"))
+    }
+
+    /// The rules that `proxy-server redirect` would apply.
+    ///
+    /// # Errors
+    /// When it shows none.
+    pub fn redirect_rules(&self) -> Result<String> {
+        let shown = self.server.redirect("--dry-run")?;
+        let status = shown.wait(DEADLINE)?;
+        ensure!(status.success(), "{status}: {}", shown.log());
+        Ok(shown.log())
+    }
+
+    /// Starts `proxy-server redirect --run`, which keeps the rules.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn redirect(&mut self) -> Result<()> {
+        self.redirect = Some(self.server.redirect("--run")?);
+        Ok(())
+    }
+
+    /// Ends it, and the rules with it.
+    ///
+    /// # Errors
+    /// When it does not end well.
+    pub fn end_redirect(&mut self, deadline: Duration) -> Result<()> {
+        let rules = self.redirect.take().context("no rules are kept")?;
+        let status = rules.terminate(deadline)?;
+        ensure!(status.success(), "{status}: {}", rules.log());
+        Ok(())
     }
 
     /// All daemons that run.
     pub fn daemons(&self) -> impl Iterator<Item = &Process> {
-        std::iter::once(&self.server).chain(self.agents.values())
+        std::iter::once(self.server()).chain(self.agents.values())
     }
 
     /// The agent of an edge.
@@ -230,7 +251,7 @@ impl Tunnel {
     /// The egress whose destinations in the cloud are dialled by the proxy-server.
     #[must_use]
     pub fn with_direct(&self) -> Egress {
-        Egress::Unix(self.dir.join("direct.sock"))
+        Egress::Unix(self.dir.join(DIRECT))
     }
 
     /// Issues a client certificate for kube-apiserver and returns the egress that uses it.
@@ -238,24 +259,7 @@ impl Tunnel {
     /// # Errors
     /// When `proxy-server cert issue` fails.
     pub fn mutual_tls(&self) -> Result<Egress> {
-        let out = self.dir.join("kube-apiserver");
-        let folder = out.display().to_string();
-        let config = "proxy-server.yaml";
-        self.admin(&[
-            "cert",
-            "issue",
-            "--client",
-            "kube-apiserver",
-            "--out",
-            &folder,
-            "--config",
-            config,
-        ])?;
-        let files =
-            ["ca.crt", "kube-apiserver.crt", "kube-apiserver.key"].map(|file| out.join(file));
-        for file in &files {
-            ensure!(file.exists(), "{} was not written", file.display());
-        }
+        let files = self.certificate("kube-apiserver")?;
         Ok(Egress::Tls {
             url: format!("https://{PUBLIC}:8444"),
             files,
@@ -268,18 +272,32 @@ impl Tunnel {
         Egress::Grpc(self.dir.join(KONNECTIVITY))
     }
 
+    /// Issues a client certificate; the files of CA, certificate and key are in the folder of that name.
+    fn certificate(&self, client: &str) -> Result<[PathBuf; 3]> {
+        let out = self.dir.join(client);
+        let folder = out.display().to_string();
+        let issue = ["cert", "issue", "--client", client, "--out", &folder];
+        self.admin(&[&issue[..], &["--config", CONFIG]].concat())?;
+        let key = |end: &str| format!("{client}.{end}");
+        let files = ["ca.crt".to_owned(), key("crt"), key("key")].map(|file| out.join(file));
+        for file in &files {
+            ensure!(file.exists(), "{} was not written", file.display());
+        }
+        Ok(files)
+    }
+
     /// Runs a command of the proxy-server on its host, in the folder of its configuration.
     fn admin(&self, args: &[&str]) -> Result<String> {
         let mut command = self.cloud.command(&self.programs.server);
         command.args(args).current_dir(&self.dir);
-        let output = crate::process::output(command, DEADLINE)?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            output.status.success(),
-            "proxy-server {}: {}",
-            args.join(" "),
-            errors.trim()
-        );
-        Ok(String::from_utf8(output.stdout)?)
+        let told = told(crate::process::output(command, DEADLINE)?);
+        told.with_context(|| format!("proxy-server {}", args.join(" ")))
     }
+}
+
+/// Standard output of a program that ended well, else an error with what it said.
+fn told(output: Output) -> Result<String> {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}", errors.trim());
+    Ok(String::from_utf8(output.stdout)?)
 }

@@ -49,7 +49,7 @@ fn documented_egress_selectors_are_those_that_kube_apiserver_is_given() {
             Some("GRPC") => Egress::Grpc(socket),
             _ => Egress::Unix(socket),
         };
-        assert_eq!(told, given.config(), "{}", document.display());
+        assert_eq!(Some(told), given.config(), "{}", document.display());
     }
 }
 

@@ -129,10 +129,15 @@ pub(super) fn cat(cluster: &Cluster) -> Result<String> {
     ))
 }
 
-/// Speaks to a container's own standard input, and hears its output.
+/// Speaks to a container's own standard input, and hears its output. Its pods come for it and go with it.
 pub(super) fn attach(cluster: &Cluster) -> Result<String> {
     for node in NODES {
-        let args = ["attach", "-i", &pods::name(node), "-c", "listener"];
+        cluster.create(&pods::listener(node))?;
+    }
+    for node in NODES {
+        let pod = pods::listener_name(node);
+        cluster.wait_ready(&pod)?;
+        let args = ["attach", "-i", &pod, "-c", "listener"];
         let mut kubectl = cluster.kubectl().start(&args)?;
         for word in ["one", "two", "three"] {
             kubectl.write(format!("{word}\n").as_bytes())?;
@@ -143,6 +148,7 @@ pub(super) fn attach(cluster: &Cluster) -> Result<String> {
         let wanted =
             ["one", "two", "three", "the end"].map(|word| format!("{node} heard {word}\n"));
         ensure!(text == wanted.concat(), "{text:?}");
+        cluster.kubectl().ok(&["delete", "pod", &pod])?;
     }
     Ok("three words and the end of input to each node".to_owned())
 }

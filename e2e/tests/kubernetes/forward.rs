@@ -126,7 +126,8 @@ fn page(port: u16, node: &str) -> Result<()> {
 pub(super) fn copy(cluster: &Cluster) -> Result<String> {
     let files = [("empty", 0), ("small", 17), ("large", 20_000_000)];
     for node in NODES {
-        let here = cluster.dir().join(format!("cp-{node}"));
+        let folder = tempfile::tempdir_in(cluster.dir())?;
+        let here = folder.path().join("sent");
         fs::create_dir(&here)?;
         for (name, length) in files {
             fs::write(here.join(name), noise(length as u64, length))?;
@@ -144,7 +145,7 @@ pub(super) fn copy(cluster: &Cluster) -> Result<String> {
         let sums = String::from_utf8(sums)?;
         ensure!(sums == wanted.concat(), "{node} has {sums}");
 
-        let back = cluster.dir().join(format!("cp-{node}-back"));
+        let back = folder.path().join("back");
         cluster
             .kubectl()
             .ok(&["cp", &to, &back.display().to_string(), "-c", "tools"])?;
@@ -152,6 +153,8 @@ pub(super) fn copy(cluster: &Cluster) -> Result<String> {
             let same = fs::read(back.join(name))? == fs::read(here.join(name))?;
             ensure!(same, "{name} came back from {node} changed");
         }
+        let remove = ["exec", &pod, "-c", "tools", "--", "rm", "-r", "/tmp/copied"];
+        cluster.kubectl().ok(&remove)?;
     }
     Ok("20 MB there and back for each node".to_owned())
 }

@@ -62,6 +62,18 @@ pub(super) fn long_logs(cluster: &Cluster) -> Result<String> {
     Ok(notes.join(", "))
 }
 
+/// The last line of each node's long log.
+pub(super) fn one_line_of_each(cluster: &Cluster) -> Result<()> {
+    for node in NODES {
+        let pod = pods::name(node);
+        let args = ["logs", &pod, "-c", "book", "--tail=1"];
+        let tail = String::from_utf8(cluster.kubectl().ok(&args)?)?;
+        let last = line(node, pods::BOOK_LINES - 1) + "\n";
+        ensure!(tail == last, "{node} logs {tail:?}");
+    }
+    Ok(())
+}
+
 /// A `kubectl logs -f` that goes on beside the other steps.
 pub(super) struct Followed {
     node: &'static str,

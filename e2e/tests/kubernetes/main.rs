@@ -9,11 +9,15 @@ use e2e::cluster::{Cluster, NODES, Steps, report};
 use tokio::time::Instant;
 
 mod documented;
+mod enrol;
 mod exec;
 mod faults;
 mod forward;
+mod intercepted;
+mod known;
 mod logs;
 mod metrics;
+mod rbac;
 mod scrapers;
 mod upkeep;
 
@@ -35,11 +39,14 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
         open.compare(&mut cluster)
     });
     past_kube_apiserver(&mut steps, &mut cluster);
+    what_the_cluster_knows(&mut steps, &mut cluster);
     over_mutual_tls(&mut steps, &mut cluster);
     over_konnectivity(&mut steps, &mut cluster);
     steps.run("grpc_apiserver_gone_leaves_nothing_open", || {
         open.compare(&mut cluster)
     });
+    by_dns(&mut steps, &mut cluster);
+    by_redirect(&mut steps, &mut cluster);
     steps.run("daemons_complain_of_nothing", || {
         upkeep::no_complaints(&cluster)
     });
@@ -113,6 +120,39 @@ fn past_kube_apiserver(steps: &mut Steps, cluster: &mut Cluster) {
     });
 }
 
+/// The proxy-server as a client of kube-apiserver, and each without the other.
+fn what_the_cluster_knows(steps: &mut Steps, cluster: &mut Cluster) {
+    steps.run("nodes_are_known_to_a_pods_service_account", || {
+        known::nodes(cluster)
+    });
+    steps.run("enrolling_pods_run", || enrol::pods(cluster));
+    steps.run("enrolment_asks_whose_token_it_is", || {
+        enrol::each_token(cluster)
+    });
+    rbac::each_verb(steps, cluster);
+    steps.run("enrolment_ends_with_the_pod", || {
+        enrol::deleted_pod(cluster)
+    });
+    steps.run("own_dials_never_come_back_to_us", || {
+        known::own_dials(cluster)
+    });
+    let mut site = None;
+    steps.run("nodes_without_an_agent_of_their_name_are_routed", || {
+        site = Some(known::Site::start(cluster)?);
+        Ok("by name, alias and address, through one agent")
+    });
+    let Some(site) = site else { return };
+    steps.run("nodes_that_are_deleted_leave_no_route", || {
+        site.deleted_node(cluster)
+    });
+    steps.run("nodes_stay_while_kube_apiserver_is_away", || {
+        site.apiserver_away(cluster)
+    });
+    steps.run("nodes_come_back_when_both_are_restarted", || {
+        site.both_restarted(cluster)
+    });
+}
+
 /// The same kube-apiserver with the other transport: what could differ, in short.
 fn over_mutual_tls(steps: &mut Steps, cluster: &mut Cluster) {
     let started = steps.run("mtls_apiserver_starts_again", || {
@@ -154,6 +194,8 @@ fn over_konnectivity(steps: &mut Steps, cluster: &mut Cluster) {
         exec::stdin(cluster)
     });
     steps.run("grpc_exec_tells_exit_codes", || exec::exit_codes(cluster));
+    steps.run("grpc_attach_hears_and_speaks", || exec::attach(cluster));
+    steps.run("grpc_cp_copies_both_ways", || forward::copy(cluster));
     steps.run("grpc_port_forward_carries_10_connections", || {
         forward::connections(cluster, 10)
     });
@@ -165,5 +207,57 @@ fn over_konnectivity(steps: &mut Steps, cluster: &mut Cluster) {
     });
     steps.run("grpc_a_stopped_reader_delays_nobody", || {
         faults::stopped_reader_of_konnectivity(cluster)
+    });
+}
+
+/// No egress selector, names first: the map for CoreDNS leads kube-apiserver to us, and the name in its TLS tells who is meant.
+fn by_dns(steps: &mut Steps, cluster: &mut Cluster) {
+    let mut dns = None;
+    steps.run("dns_apiserver_starts_again", || {
+        let (coredns, told) = intercepted::names(cluster)?;
+        dns = Some(coredns);
+        Ok(told)
+    });
+    let Some(dns) = dns else { return };
+    steps.run("dns_names_follow_nodes", || {
+        intercepted::names_follow_nodes(cluster, &dns)
+    });
+    intercepted_matrix("dns", steps, cluster);
+}
+
+/// No egress selector, addresses: rules of the kernel lead kube-apiserver to us.
+fn by_redirect(steps: &mut Steps, cluster: &mut Cluster) {
+    steps.run("redirect_leaves_out_a_shared_address", || {
+        intercepted::shared_address(cluster)
+    });
+    let started = steps.run("redirect_apiserver_starts_again", || {
+        intercepted::addresses(cluster)
+    });
+    if !started {
+        return;
+    }
+    intercepted_matrix("redirect", steps, cluster);
+    steps.run("redirect_gone_leads_nowhere", || {
+        intercepted::without_rules(cluster)
+    });
+}
+
+fn intercepted_matrix(way: &str, steps: &mut Steps, cluster: &mut Cluster) {
+    let step = |name: &str| format!("{way}_{name}");
+    steps.run(&step("each_of_two_nodes_answers_for_itself"), || {
+        metrics::each_node_answers_for_itself(cluster)
+    });
+    steps.run(&step("long_logs_arrive_whole"), || logs::long_logs(cluster));
+    steps.run(&step("exec_hands_on_stdin_and_its_end"), || {
+        exec::stdin(cluster)
+    });
+    steps.run(&step("exec_tells_exit_codes"), || exec::exit_codes(cluster));
+    steps.run(&step("attach_hears_and_speaks"), || exec::attach(cluster));
+    steps.run(&step("cp_copies_both_ways"), || forward::copy(cluster));
+    steps.run(&step("port_forward_carries_10_connections"), || {
+        forward::connections(cluster, 10)
+    });
+    steps.run(&step("twenty_scrapes_at_once_arrive"), || {
+        metrics::twenty_at_once(cluster)
     });
 }

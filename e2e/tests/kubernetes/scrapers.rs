@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::cluster::{Cluster, NODES, pods, until};
+use e2e::cluster::{Cluster, NODES, Prometheus, pods, until};
 use serde_json::Value;
 
 /// Both start within seconds; metrics-server needs two rounds of 10 s for a rate.
@@ -23,20 +23,7 @@ fn label<'a>(sample: &'a Value, name: &str) -> Option<&'a str> {
 /// Prometheus finds both nodes by itself and scrapes kubelet, cadvisor and exporter of each.
 pub(super) fn prometheus(cluster: &Cluster) -> Result<String> {
     let prometheus = cluster.prometheus()?;
-    until(DEADLINE, "Prometheus scrapes all targets", || {
-        let up = prometheus.query("up")?;
-        for (job, _) in JOBS {
-            for node in NODES {
-                let target = up.iter().find(|sample| {
-                    label(sample, "job") == Some(job) && label(sample, "node") == Some(node)
-                });
-                let value = target.and_then(|sample| sample.pointer("/value/1")?.as_str());
-                ensure!(value == Some("1"), "{job} of {node}: {up:?}");
-            }
-        }
-        Ok(())
-    })
-    .with_context(|| prometheus.log())?;
+    all_up(&prometheus)?;
     for (job, series) in JOBS {
         let samples = prometheus.query(series)?;
         for node in NODES {
@@ -50,6 +37,52 @@ pub(super) fn prometheus(cluster: &Cluster) -> Result<String> {
         }
     }
     Ok(format!("{} jobs of {} nodes", JOBS.len(), NODES.len()))
+}
+
+/// What a query gives for each target, in the order of jobs and nodes.
+fn of_each(prometheus: &Prometheus, query: &str) -> Result<Vec<f64>> {
+    let samples = prometheus.query(query)?;
+    let targets = JOBS
+        .iter()
+        .flat_map(|(job, _)| NODES.map(|node| (*job, node)));
+    let value = |(job, node)| {
+        let of_it = |sample: &&Value| {
+            label(sample, "job") == Some(job) && label(sample, "node") == Some(node)
+        };
+        let found = samples.iter().find(of_it);
+        let value = found.and_then(|sample| sample.pointer("/value/1")?.as_str());
+        let value = value.with_context(|| format!("{job} of {node}: {samples:?}"))?;
+        Ok(value.parse()?)
+    };
+    targets.map(value).collect()
+}
+
+/// Waits until every target was scraped well.
+pub(super) fn all_up(prometheus: &Prometheus) -> Result<()> {
+    until(DEADLINE, "Prometheus scrapes all targets", || {
+        let up = of_each(prometheus, "up")?;
+        ensure!(up.iter().all(|up| *up == 1.0), "{up:?}");
+        Ok(())
+    })
+    .with_context(|| prometheus.log())
+}
+
+/// Waits until every target was scraped some times more, and always well.
+pub(super) fn all_up_from_now_on(prometheus: &Prometheus) -> Result<()> {
+    let scraped = "timestamp(up)";
+    let before = of_each(prometheus, scraped)?;
+    until(DEADLINE, "Prometheus goes on", || {
+        let now = of_each(prometheus, scraped)?;
+        let on = now
+            .iter()
+            .zip(&before)
+            .all(|(now, before)| now - before >= 4.0);
+        ensure!(on, "{now:?} after {before:?}");
+        Ok(())
+    })?;
+    let worst = of_each(prometheus, "min_over_time(up[4s])")?;
+    ensure!(worst.iter().all(|up| *up == 1.0), "{worst:?}");
+    Ok(())
 }
 
 /// `kubectl top` shows rows of nodes and pods at the edge.

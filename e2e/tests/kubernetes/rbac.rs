@@ -1,0 +1,340 @@
+//! Each verb that `deploy/rbac` grants is needed: without it a named thing fails and says why, and with it again works
+//! without anybody's help.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use e2e::cluster::{Cluster, Grant, NODES, Steps, until};
+use serde_json::json;
+
+use crate::enrol;
+
+/// For what needs a try of the proxy-server to reach kube-apiserver: 10 s lie between two at most.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What becomes of a verb's absence, and of its return. Both may restart the proxy-server.
+struct Row {
+    verb: &'static str,
+    resource: &'static str,
+    /// Shows what fails, and returns what is said about it.
+    breaks: fn(&mut Cluster) -> Result<String>,
+    /// Waits until it works.
+    recovers: fn(&mut Cluster) -> Result<()>,
+}
+
+const ROWS: [Row; 11] = [
+    Row {
+        verb: "list",
+        resource: "nodes",
+        breaks: no_node_is_known,
+        recovers: nodes_are_known,
+    },
+    Row {
+        verb: "watch",
+        resource: "nodes",
+        breaks: nodes_are_not_followed,
+        recovers: nodes_are_known,
+    },
+    Row {
+        verb: "create",
+        resource: "leases",
+        breaks: nobody_leads_anew,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "get",
+        resource: "leases",
+        breaks: no_leader_is_known,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "update",
+        resource: "leases",
+        breaks: a_leader_can_not_go_on,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "get",
+        resource: "services",
+        breaks: names_have_nowhere_to_point,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "create",
+        resource: "configmaps",
+        breaks: a_lost_map_stays_lost,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "get",
+        resource: "configmaps",
+        breaks: the_map_can_not_be_looked_at,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "patch",
+        resource: "configmaps",
+        breaks: a_spoilt_map_stays_so,
+        recovers: the_map_is_written,
+    },
+    Row {
+        verb: "create",
+        resource: "tokenreviews",
+        breaks: no_token_is_known,
+        recovers: a_pod_enrols,
+    },
+    Row {
+        verb: "get",
+        resource: "pods",
+        breaks: no_pod_is_known,
+        recovers: a_pod_enrols,
+    },
+];
+
+fn row(grant: &Grant) -> Option<&'static Row> {
+    let fits = |row: &&Row| row.verb == grant.verb && row.resource == grant.resource;
+    ROWS.iter().find(fits)
+}
+
+/// A step for each verb of the files, and one that fails when a verb has no row here or a row no verb.
+pub(super) fn each_verb(steps: &mut Steps, cluster: &mut Cluster) {
+    let mut grants = Vec::new();
+    steps.run("rbac_each_verb_has_a_step", || {
+        grants = cluster.grants()?;
+        let without = grants.iter().find(|grant| row(grant).is_none());
+        ensure!(without.is_none(), "no row for {without:?}");
+        for row in &ROWS {
+            let granted = grants
+                .iter()
+                .any(|grant| row.verb == grant.verb && row.resource == grant.resource);
+            ensure!(granted, "{} {} is not granted", row.verb, row.resource);
+        }
+        Ok(format!("{} verbs", grants.len()))
+    });
+    for grant in cluster.grants().unwrap_or_default() {
+        let Some(row) = row(&grant) else { continue };
+        let name = format!("rbac_without_{}_{}_it_is_told", grant.verb, grant.resource);
+        steps.run(&name, || {
+            cluster.revoke(&grant)?;
+            let told = (row.breaks)(cluster);
+            // Put back whatever was seen, or all that follows fails too.
+            cluster.restore(&grant)?;
+            let told = told.with_context(|| format!("without {grant}"))?;
+            (row.recovers)(cluster).with_context(|| format!("with {grant} again"))?;
+            Ok(told)
+        });
+    }
+}
+
+/// What the proxy-server logs as an error when it may not ask whose token it was shown.
+pub(super) const MAY_NOT_ASK: &str = "may not ask about a ServiceAccount token";
+
+/// The sentence of kube-apiserver, which `status` has.
+fn forbidden(verb: &str, resource: &str) -> String {
+    format!(
+        "User \"system:serviceaccount:corvid:proxy-server\" cannot {verb} resource \"{resource}\""
+    )
+}
+
+/// Starts the proxy-server, which knows nothing then, and waits for its agents.
+fn restart(cluster: &mut Cluster) -> Result<()> {
+    cluster.tunnel().server().kill()?;
+    cluster.tunnel_mut().start_server()?;
+    NODES
+        .iter()
+        .try_for_each(|name| cluster.tunnel().wait_session(name))
+}
+
+fn no_node_is_known(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let status = cluster.tunnel().wait_status(&forbidden("list", "nodes"))?;
+    ensure!(status.starts_with("nodes: not known yet"), "{status}");
+    let nodes = cluster.tunnel().nodes()?;
+    ensure!(nodes.iter().all(|node| node.source == "agent"), "{nodes:?}");
+    ensure!(cluster.tunnel().metric("corvid_cluster_synced")? == 0.0);
+    told(cluster, mark, &forbidden("list", "nodes"))
+}
+
+fn nodes_are_not_followed(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let failures = cluster.tunnel().metric("corvid_cluster_failures_total")?;
+    // All nodes are read anew before each try to watch them: they are known, and not followed.
+    cluster.tunnel().wait_status(&forbidden("watch", "nodes"))?;
+    cluster.tunnel().wait_node("edge1")?;
+    until(DEADLINE, "failures are counted", || {
+        let now = cluster.tunnel().metric("corvid_cluster_failures_total")?;
+        ensure!(now > failures, "{now}");
+        Ok(())
+    })?;
+    told(cluster, mark, &forbidden("watch", "nodes"))
+}
+
+/// The log has it too, once.
+fn told(cluster: &Cluster, mark: u64, what: &str) -> Result<String> {
+    let log = cluster.tunnel().server().log_since(mark);
+    // kube-apiserver's quotes are escaped there.
+    let log = log.replace('\\', "");
+    let lines = log
+        .lines()
+        .filter(|line| line.contains(what))
+        .collect::<Vec<_>>();
+    ensure!(lines.len() == 1, "{lines:#?}");
+    Ok(what.to_owned())
+}
+
+/// Known and followed: a change is seen.
+fn nodes_are_known(cluster: &mut Cluster) -> Result<()> {
+    for name in NODES {
+        cluster.tunnel().wait_node(name)?;
+    }
+    until(DEADLINE, "nothing is complained of", || {
+        let status = cluster.tunnel().status()?;
+        ensure!(!status.contains("kube-apiserver: "), "{status}");
+        Ok(())
+    })?;
+    for pool in ["press-shop", ""] {
+        let value = if pool.is_empty() {
+            json!(null)
+        } else {
+            json!(pool)
+        };
+        let patch = json!({"metadata": {"labels": {"apps.openyurt.io/nodepool": value}}});
+        let patch = patch.to_string();
+        cluster
+            .kubectl()
+            .ok(&["patch", "node", "edge1", "--type=merge", "-p", &patch])?;
+        until(DEADLINE, &format!("edge1 is in pool {pool:?}"), || {
+            let node = cluster.tunnel().wait_node("edge1")?;
+            ensure!(node.pool.as_deref().unwrap_or_default() == pool, "{node:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+const LEASE: &str = "corvid-proxy-server";
+const MAP: &str = "edge-tunnel-nodes";
+const MAP_KEY: &str = "tunnel-nodes";
+
+/// Waits until `status` has kube-apiserver's refusal in the line of the election or of the map.
+fn told_of(cluster: &Cluster, line: &str, verb: &str, resource: &str) -> Result<String> {
+    let wanted = forbidden(verb, resource);
+    until(DEADLINE, &format!("{line} {wanted}"), || {
+        let status = cluster.tunnel().status()?;
+        let found = status
+            .lines()
+            .find(|said| said.starts_with(line) && said.contains(&wanted));
+        Ok(found.context(status.clone())?.to_owned())
+    })
+}
+
+fn nobody_leads_anew(cluster: &mut Cluster) -> Result<String> {
+    cluster
+        .kubectl()
+        .ok(&["delete", "lease", LEASE, "-n", "corvid"])?;
+    told_of(cluster, "lease: ", "create", "leases")
+}
+
+fn no_leader_is_known(cluster: &mut Cluster) -> Result<String> {
+    restart(cluster)?;
+    told_of(cluster, "lease: ", "get", "leases")
+}
+
+fn a_leader_can_not_go_on(cluster: &mut Cluster) -> Result<String> {
+    let told = told_of(cluster, "lease: ", "update", "leases")?;
+    // It stops by itself, and so does what it writes.
+    until(DEADLINE, "nobody writes", || {
+        let status = cluster.tunnel().status()?;
+        ensure!(!status.contains("this server writes"), "{status}");
+        Ok(())
+    })?;
+    Ok(told)
+}
+
+fn names_have_nowhere_to_point(cluster: &mut Cluster) -> Result<String> {
+    told_of(cluster, "dns: ", "get", "services")
+}
+
+fn a_lost_map_stays_lost(cluster: &mut Cluster) -> Result<String> {
+    cluster
+        .kubectl()
+        .ok(&["delete", "configmap", MAP, "-n", "kube-system"])?;
+    told_of(cluster, "dns: ", "create", "configmaps")
+}
+
+fn the_map_can_not_be_looked_at(cluster: &mut Cluster) -> Result<String> {
+    told_of(cluster, "dns: ", "get", "configmaps")
+}
+
+fn a_spoilt_map_stays_so(cluster: &mut Cluster) -> Result<String> {
+    let patch = json!({"data": {MAP_KEY: "198.51.100.1\tedge1\n"}}).to_string();
+    let patch = ["patch", "configmap", MAP, "-n", "kube-system", "-p", &patch];
+    cluster.kubectl().ok(&patch)?;
+    let told = told_of(cluster, "dns: ", "patch", "configmaps")?;
+    ensure!(map(cluster)?.contains("198.51.100.1"), "it was repaired");
+    Ok(told)
+}
+
+fn map(cluster: &Cluster) -> Result<String> {
+    let data = format!("jsonpath={{.data.{MAP_KEY}}}");
+    let get = ["get", "configmap", MAP, "-n", "kube-system", "-o", &data];
+    Ok(String::from_utf8(cluster.kubectl().ok(&get)?)?)
+}
+
+/// This server leads, complains of nothing, and the names of both nodes point to the Service.
+fn the_map_is_written(cluster: &mut Cluster) -> Result<()> {
+    let address = "jsonpath={.spec.clusterIP}";
+    let address = [
+        "get",
+        "service",
+        "proxy-server",
+        "-n",
+        "corvid",
+        "-o",
+        address,
+    ];
+    let address = String::from_utf8(cluster.kubectl().ok(&address)?)?;
+    until(DEADLINE, "the map is written", || {
+        let status = cluster.tunnel().status()?;
+        let of_dns = |line: &&str| line.starts_with("dns: ") || line.starts_with("lease: ");
+        let lines = status.lines().filter(of_dns).collect::<Vec<_>>();
+        let wanted = format!("dns: this server writes kube-system/{MAP}; ");
+        let [only] = lines.as_slice() else {
+            bail!("{status}");
+        };
+        ensure!(only.starts_with(&wanted), "{status}");
+        let map = map(cluster)?;
+        for node in NODES {
+            let line = format!("{address}\t{node}");
+            ensure!(map.lines().any(|there| there == line), "{map}");
+        }
+        Ok(())
+    })
+}
+
+fn no_token_is_known(cluster: &mut Cluster) -> Result<String> {
+    may_not_ask(cluster, &forbidden("create", "tokenreviews"))
+}
+
+fn no_pod_is_known(cluster: &mut Cluster) -> Result<String> {
+    may_not_ask(cluster, &forbidden("get", "pods"))
+}
+
+/// The agent is told to come back later, the log why.
+fn may_not_ask(cluster: &Cluster, why: &str) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    let told = enrol::ask(cluster).err().context("it was let in")?;
+    let told = format!("{told:#}");
+    let wanted = "can't ask the cluster about the ServiceAccount token at the moment";
+    ensure!(told.contains(wanted), "{told}");
+    let log = cluster.tunnel().server().log_since(mark).replace('\\', "");
+    let said = |line: &str| line.contains(MAY_NOT_ASK) && line.contains(why);
+    ensure!(log.lines().any(said), "{log}");
+    Ok(told)
+}
+
+fn a_pod_enrols(cluster: &mut Cluster) -> Result<()> {
+    enrol::ask(cluster).map(drop)
+}
