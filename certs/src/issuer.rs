@@ -1,13 +1,15 @@
-//! The private authority: its root, and the leaves it signs.
+//! The private authority at work: its root, and the leaves it signs.
 //!
-//! The root is made once and never replaced by us; roots of before that are still trusted lie in `old/`.
-//! What stands in a leaf follows from its role alone, never from the request for it.
+//! What stands in a leaf follows from its role alone, never from the request for it. What an authority consists of and
+//! how one follows another is [`crate::ca`].
 
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue,
     ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
@@ -15,13 +17,14 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use secrecy::ExposeSecret as _;
 
-use crate::bundle::{BundleError, Pin, TrustBundle, certificates};
+use crate::bundle::{BundleError, Pin, TrustBundle};
+use crate::ca_dir::CaDir;
 use crate::clock::from_secs;
 use crate::credential::{Credential, CredentialError, Key, KeyError};
 use crate::csr::Csr;
 use crate::identity::{Identity, Name, Role, SERVER_SNI, TrustDomain};
 use crate::node_uid::NodeUid;
-use crate::store::{self, FileLock, StoreError};
+use crate::store::{self, StoreError};
 
 /// Life of a root. Its rotation is a deliberate act, hence long.
 pub const ROOT_LIFE: Duration = days(3650);
@@ -77,6 +80,31 @@ pub enum IssuerError {
     /// The root is past its life.
     #[error("the authority's certificate has expired")]
     Expired,
+    /// Something of it is not there.
+    #[error("the authority's {0} is missing")]
+    Missing(&'static str),
+    /// `ca.crt` has more than a root and a certificate for the root's key.
+    #[error("what stands behind the root in ca.crt is no certificate for the root's key")]
+    Cross,
+    /// The notes are unreadable.
+    #[error("read the authority's notes, ca.json")]
+    Notes(#[source] serde_json::Error),
+    /// The directory has a copy of what is kept elsewhere.
+    #[error(
+        "this is a copy of the authority in {origin}, and only that can be changed: give the configuration that names it; or remove {} to make the copy an authority of its own",
+        marker.display()
+    )]
+    Copy {
+        /// Where the authority is kept.
+        origin: String,
+        /// What says so.
+        marker: PathBuf,
+    },
+    /// One rotation at a time: a peer that knows only the root before the last would be cut off.
+    #[error(
+        "a rotation is under way: an older root is still trusted; see `proxy-server ca show` for when it leaves, or take it away with `proxy-server ca retire`"
+    )]
+    UnderWay,
     /// A configured SAN is no DNS name.
     #[error("{name:?} cannot stand in a certificate as DNS name")]
     DnsName {
@@ -130,44 +158,24 @@ pub struct Issuer {
     signer: rcgen::Issuer<'static, rcgen::KeyPair>,
     trust_domain: TrustDomain,
     root: TrustBundle,
+    /// What stands behind each leaf, for peers that know an older root only.
+    behind: Vec<CertificateDer<'static>>,
     bundle: TrustBundle,
 }
 
 impl Issuer {
-    /// Loads `ca.crt` and `ca.key` of `dir`, or makes them there: an ECDSA P-256 root of ten years.
-    ///
-    /// Two processes that start at once make one root. A root without its key, or with another's, is an
-    /// error and never replaced.
+    /// Loads the authority in `dir`, or makes one there; see [`CaDir::load_or_create`].
     ///
     /// # Errors
-    /// Files can't be read or written, or don't belong together, or the root has expired.
+    /// As there, or the root has expired.
     pub fn load_or_create(
         dir: &Path,
         trust_domain: &TrustDomain,
         now: UnixTime,
     ) -> Result<Self, IssuerError> {
-        store::create_dir(dir)?;
-        let _lock = FileLock::hold(&dir.join(".lock"))?;
-        let (root_path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
-        let root = store::read_if_there(&root_path)?;
-        if root.is_some() && store::read_if_there(&key_path)?.is_none() {
-            return Err(IssuerError::KeyMissing(key_path));
-        }
-        // The key comes first: one that a crash left without its certificate is used, not replaced.
-        let key = Key::load_or_create(&key_path)?;
-        let root = if let Some(pem) = root {
-            TrustBundle::from_pem(&pem)?
-        } else {
-            let root = make_root(&key, trust_domain, now)?;
-            root.save(&root_path)?;
-            root
-        };
-        let bundle = old_roots(&dir.join("old"), &root)?;
-        let issuer = Self::new(key, root, bundle, trust_domain.clone())?;
-        if issuer.not_after() <= now {
-            return Err(IssuerError::Expired);
-        }
-        Ok(issuer)
+        let dir = CaDir::new(dir);
+        let ca = dir.load_or_create(trust_domain, now)?;
+        dir.issuer(&ca, now)
     }
 
     /// An authority that is nowhere on disk.
@@ -176,9 +184,7 @@ impl Issuer {
         trust_domain: &TrustDomain,
         now: UnixTime,
     ) -> Result<Self, IssuerError> {
-        let key = Key::generate()?;
-        let root = make_root(&key, trust_domain, now)?;
-        Self::new(key, root.clone(), root, trust_domain.clone())
+        crate::ca::Ca::create(trust_domain, now)?.issuer(now)
     }
 
     /// Makes a key and an agent's leaf for it.
@@ -207,9 +213,11 @@ impl Issuer {
         Ok(params.signed_by(key, &self.signer)?.der().clone())
     }
 
-    fn new(
+    /// The holder of `key`, whose root is `root`. `behind` stands behind each leaf.
+    pub(crate) fn new(
         key: Key,
         root: TrustBundle,
+        behind: Vec<CertificateDer<'static>>,
         bundle: TrustBundle,
         trust_domain: TrustDomain,
     ) -> Result<Self, IssuerError> {
@@ -224,8 +232,21 @@ impl Issuer {
             signer,
             trust_domain,
             root,
+            behind,
             bundle,
         })
+    }
+
+    /// Signs the key of another root, so that who knows ours knows what that one signs. No authority may stand between
+    /// it and leaves.
+    pub(crate) fn sign_root(
+        &self,
+        key: &Key,
+        now: UnixTime,
+    ) -> Result<CertificateDer<'static>, IssuerError> {
+        let mut params = root_params(key, &self.trust_domain, now, self.not_after(), 0)?;
+        params.use_authority_key_identifier_extension = true;
+        Ok(params.signed_by(key.pair(), &self.signer)?.der().clone())
     }
 
     /// The root that signs, and the old ones that are still trusted.
@@ -269,7 +290,7 @@ impl Issuer {
         profile.node_uid = node_uid.cloned();
         let leaf = self.sign(&profile, csr)?;
         Ok(IssuedChain {
-            chain: vec![leaf],
+            chain: self.chain(leaf),
             not_after: profile.not_after,
         })
     }
@@ -322,7 +343,13 @@ impl Issuer {
     pub(crate) fn issue(&self, profile: &Profile) -> Result<Credential, IssuerError> {
         let key = Key::generate()?;
         let leaf = self.sign(profile, &Csr::of_own_key(&key))?;
-        Ok(Credential::new(vec![leaf], &key)?)
+        Ok(Credential::new(self.chain(leaf), &key)?)
+    }
+
+    fn chain(&self, leaf: CertificateDer<'static>) -> Vec<CertificateDer<'static>> {
+        std::iter::once(leaf)
+            .chain(self.behind.iter().cloned())
+            .collect()
     }
 
     fn sign(&self, profile: &Profile, csr: &Csr) -> Result<CertificateDer<'static>, IssuerError> {
@@ -374,6 +401,33 @@ impl fmt::Debug for Issuer {
     }
 }
 
+/// The authority of now, replaced in place when it is rotated. Clones share it.
+#[derive(Clone, Debug)]
+pub struct LiveIssuer {
+    current: Arc<ArcSwap<Issuer>>,
+}
+
+impl LiveIssuer {
+    /// The authority of now.
+    #[must_use]
+    pub fn load(&self) -> Arc<Issuer> {
+        self.current.load_full()
+    }
+
+    /// Signs with `issuer` from now on.
+    pub fn replace(&self, issuer: Arc<Issuer>) {
+        self.current.store(issuer);
+    }
+}
+
+impl From<Arc<Issuer>> for LiveIssuer {
+    fn from(issuer: Arc<Issuer>) -> Self {
+        Self {
+            current: Arc::new(ArcSwap::new(issuer)),
+        }
+    }
+}
+
 /// Writes a credential for a client into `dir`: `NAME.crt`, `NAME.key` and `ca.crt`.
 ///
 /// # Errors
@@ -417,13 +471,26 @@ pub(crate) fn server_sans(sans: &ServerSans) -> Result<Vec<SanType>, IssuerError
     dns.chain(addresses).collect()
 }
 
-fn make_root(
+/// Makes a self-signed root for `key`.
+pub(crate) fn make_root(
     key: &Key,
     trust_domain: &TrustDomain,
     now: UnixTime,
 ) -> Result<TrustBundle, IssuerError> {
-    let start = from_secs(now.as_secs().saturating_sub(BACKDATE.as_secs()));
     let end = from_secs(now.as_secs().saturating_add(ROOT_LIFE.as_secs()));
+    // One authority may stand between: the next root, signed by this one during a rotation.
+    let root = root_params(key, trust_domain, now, end, 1)?.self_signed(key.pair())?;
+    Ok(TrustBundle::from_der(vec![root.der().clone()])?)
+}
+
+fn root_params(
+    key: &Key,
+    trust_domain: &TrustDomain,
+    now: UnixTime,
+    end: UnixTime,
+    path_length: u8,
+) -> Result<CertificateParams, IssuerError> {
+    let start = from_secs(now.as_secs().saturating_sub(BACKDATE.as_secs()));
     let mut params = params(start, end)?;
     // Part of the pin in the subject tells an old root from a new one, to people and to webpki.
     let pin = Pin::of_public_key(&key.public_key()).to_string();
@@ -434,10 +501,9 @@ fn make_root(
     params
         .distinguished_name
         .push(DnType::OrganizationName, trust_domain.as_str());
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let root = params.self_signed(key.pair())?;
-    Ok(TrustBundle::from_der(vec![root.der().clone()])?)
+    Ok(params)
 }
 
 fn params(not_before: UnixTime, not_after: UnixTime) -> Result<CertificateParams, IssuerError> {
@@ -461,40 +527,6 @@ fn serial() -> Result<SerialNumber, IssuerError> {
     let [first, ..] = &mut bytes;
     *first = *first & 0x3f | 0x40;
     Ok(SerialNumber::from_slice(&bytes))
-}
-
-/// The root and those of `dir/*.crt`.
-fn old_roots(dir: &Path, root: &TrustBundle) -> Result<TrustBundle, IssuerError> {
-    let listing = match std::fs::read_dir(dir) {
-        Ok(listing) => listing,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(root.clone()),
-        Err(source) => {
-            return Err(StoreError::Read {
-                path: dir.to_owned(),
-                source,
-            }
-            .into());
-        }
-    };
-    let mut paths = Vec::new();
-    for entry in listing {
-        let entry = entry.map_err(|source| StoreError::Read {
-            path: dir.to_owned(),
-            source,
-        })?;
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "crt") {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    let mut roots = root.roots().to_vec();
-    for path in paths {
-        let pem = store::read(&path)?;
-        let old = certificates(&pem).map_err(|source| IssuerError::OldRoot { path, source })?;
-        roots.extend(old);
-    }
-    Ok(TrustBundle::from_der(roots)?)
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! Keys, chains, trust, enrolment and rotation: who is who in Corvid.
 //!
 //! In reading order: who ([`Identity`]), when ([`Clock`]), whom to trust ([`TrustBundle`]), what one has
-//! ([`Credential`]), how it is signed ([`Csr`], [`Issuer`]) and renewed ([`renew_at`], [`LiveCredential`]),
+//! ([`Credential`]), how it is signed ([`Csr`], [`Issuer`]), by whom ([`Ca`]) and renewed ([`renew_at`], [`LiveCredential`]),
 //! who may enter ([`Peer`] and the doors of [`tls_config`]), and how an agent gets its first certificate
 //! ([`JoinToken`], [`Store`], [`EnrollService`], [`enroll`](fn@enroll)).
 //!
 //! It knows nothing of the tunnel's protocol, of HTTP frontends and of Kubernetes.
 
 mod bundle;
+mod ca;
+mod ca_dir;
 mod clock;
 mod credential;
 mod csr;
@@ -29,6 +31,8 @@ mod verify;
 mod x509;
 
 pub use bundle::{BundleError, LiveBundle, Pin, PinError, TrustBundle};
+pub use ca::Ca;
+pub use ca_dir::CaDir;
 pub use clock::Clock;
 pub use credential::{Credential, CredentialError, Key, KeyError};
 pub use csr::{Csr, CsrError, KeyDigest, MAX_CSR};
@@ -39,8 +43,8 @@ pub use enroll::{
 pub use failure::HandshakeFailure;
 pub use identity::{Identity, IdentityError, Name, Role, SERVER_SNI, TrustDomain};
 pub use issuer::{
-    AGENT_LIFE, BACKDATE, CLIENT_DAYS, IssuedChain, Issuer, IssuerError, ROOT_LIFE, SERVER_LIFE,
-    ServerSans, export_client,
+    AGENT_LIFE, BACKDATE, CLIENT_DAYS, IssuedChain, Issuer, IssuerError, LiveIssuer, ROOT_LIFE,
+    SERVER_LIFE, ServerSans, export_client,
 };
 pub use live::LiveCredential;
 pub use node_uid::{NodeUid, NodeUidError};

@@ -116,6 +116,15 @@ impl TestCa {
         }
     }
 
+    /// An authority that was made elsewhere.
+    #[must_use]
+    pub fn of_issuer(issuer: Arc<Issuer>) -> Self {
+        Self {
+            trust_domain: issuer.trust_domain().clone(),
+            issuer,
+        }
+    }
+
     /// The authority as the product knows it.
     #[must_use]
     pub fn issuer(&self) -> Arc<Issuer> {

@@ -15,10 +15,11 @@ use std::time::Duration;
 
 use certs::test_ca::{TestCa, TestLeaf, now};
 use certs::{
-    AgentFiles, Answer, Clock, Credential, Csr, EnrollError, EnrollLimits, EnrollRequest,
-    EnrollService, Enrolled, HandshakeFailure, JoinToken, Key, Name, NewToken, NodeUid, NotVouched,
-    Own, Pin, Proof, Revocations, Role, ServeError, ServiceAccountToken, Store, Trust, TrustBundle,
-    TrustDomain, Vouch, Vouched, WhyNot,
+    AgentFiles, Answer, Ca, Clock, Credential, Csr, EnrollError, EnrollLimits, EnrollRequest,
+    EnrollService, Enrolled, HandshakeFailure, JoinToken, Key, LiveBundle, LiveCredential,
+    LiveIssuer, Name, NewToken, NodeUid, NotVouched, Own, Pin, Proof, Revocations, Role,
+    ServeError, ServiceAccountToken, Store, Trust, TrustBundle, TrustDomain, Vouch, Vouched,
+    WhyNot,
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
@@ -34,7 +35,7 @@ struct Server {
     address: SocketAddr,
     store: Store,
     revoked: Revocations,
-    service: EnrollService,
+    issuer: LiveIssuer,
     _dir: tempfile::TempDir,
     _tasks: JoinSet<()>,
 }
@@ -49,13 +50,34 @@ impl Server {
     }
 
     async fn of_cluster(ca: TestCa, limits: EnrollLimits, nodes: Option<Arc<dyn Vouch>>) -> Self {
+        Self::serve(ca.issuer().into(), ca, limits, nodes).await
+    }
+
+    /// With that authority; its own leaf is of it too.
+    async fn start_with(ca: &Ca) -> Self {
+        let issuer = Arc::new(ca.issuer(now()).unwrap());
+        let ca = TestCa::of_issuer(Arc::clone(&issuer));
+        Self::serve(issuer.into(), ca, EnrollLimits::default(), None).await
+    }
+
+    async fn serve(
+        issuer: LiveIssuer,
+        ca: TestCa,
+        limits: EnrollLimits,
+        nodes: Option<Arc<dyn Vouch>>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let revoked = Revocations::new();
         let own = ca.own(ca.server("s1"));
         let tls = certs::enroll_server(&own, &revoked, GRACE).unwrap();
-        let service =
-            EnrollService::new(ca.issuer(), store.clone(), Clock::system(), limits, nodes);
+        let service = EnrollService::new(
+            issuer.clone(),
+            store.clone(),
+            Clock::system(),
+            limits,
+            nodes,
+        );
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut tasks = JoinSet::new();
@@ -65,7 +87,7 @@ impl Server {
             address,
             store,
             revoked,
-            service,
+            issuer,
             _dir: dir,
             _tasks: tasks,
         }
@@ -738,23 +760,26 @@ async fn clients_and_strangers_are_not_renewed() {
 }
 
 #[tokio::test]
-async fn a_renewal_during_rotation_brings_both_roots() {
-    let (old, new) = (TestCa::new(), TestCa::new());
-    let server = Server::with(old.clone(), EnrollLimits::default()).await;
-    // The authority of the new root, with the old one in `old/`.
-    let dir = tempfile::tempdir().unwrap();
-    let domain = TrustDomain::default();
-    certs::Issuer::load_or_create(dir.path(), &domain, now()).unwrap();
-    std::fs::create_dir(dir.path().join("old")).unwrap();
-    old.bundle().save(&dir.path().join("old/1.crt")).unwrap();
-    new.bundle().save(&dir.path().join("old/2.crt")).unwrap();
-    let issuer = Arc::new(certs::Issuer::load_or_create(dir.path(), &domain, now()).unwrap());
-    server.service.replace_issuer(Arc::clone(&issuer));
-    let renewed = Agent::new("edge1")
-        .renew(&server, old.agent("edge1"))
+async fn a_renewal_during_rotation_brings_both_roots_and_a_chain_for_either() {
+    let old = Ca::create(&TrustDomain::default(), now()).unwrap();
+    let server = Server::start_with(&old).await;
+    let agent = Agent::new("edge1");
+    let before = agent.enroll(&server, &server.token(1, "*")).await.unwrap();
+    let new = old.rotate(HOUR, now()).unwrap();
+    server.issuer.replace(Arc::new(new.issuer(now()).unwrap()));
+    let own = Own {
+        credential: LiveCredential::new(before.credential),
+        bundle: LiveBundle::new(before.bundle),
+        clock: agent.clock.clone(),
+        trust_domain: TrustDomain::default(),
+    };
+    let renewed = certs::renew(server.address, &own, &agent.files)
         .await
         .unwrap();
-    assert_eq!(renewed.bundle.pins(), [issuer.pin(), old.pin(), new.pin()]);
+    assert_eq!(renewed.bundle.pins(), [new.pin(), old.pin()]);
+    assert_eq!(renewed.credential.chain().len(), 2);
+    let (kept, _) = agent.files.load().unwrap().unwrap();
+    assert_eq!(kept.chain(), renewed.credential.chain());
 }
 
 #[tokio::test]

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -23,7 +22,7 @@ use super::vouch::{NotVouched, Vouch, WhyNot};
 use crate::clock::Clock;
 use crate::csr::Csr;
 use crate::identity::{Name, Role};
-use crate::issuer::Issuer;
+use crate::issuer::LiveIssuer;
 use crate::node_uid::NodeUid;
 use crate::service_token::ServiceAccountToken;
 use crate::token::JoinToken;
@@ -65,7 +64,7 @@ pub struct EnrollService {
 
 #[derive(Debug)]
 struct Shared {
-    issuer: ArcSwap<Issuer>,
+    issuer: LiveIssuer,
     store: Store,
     clock: Clock,
     limiter: Limiter,
@@ -90,14 +89,14 @@ impl EnrollService {
     /// and certificates with a node's uid.
     #[must_use]
     pub fn new(
-        issuer: Arc<Issuer>,
+        issuer: impl Into<LiveIssuer>,
         store: Store,
         clock: Clock,
         limits: EnrollLimits,
         nodes: Option<Arc<dyn Vouch>>,
     ) -> Self {
         let shared = Shared {
-            issuer: ArcSwap::from(issuer),
+            issuer: issuer.into(),
             store,
             clock,
             limiter: Limiter::new(limits),
@@ -107,11 +106,6 @@ impl EnrollService {
         Self {
             shared: Arc::new(shared),
         }
-    }
-
-    /// Signs with another authority from now on (CA rotation).
-    pub fn replace_issuer(&self, issuer: Arc<Issuer>) {
-        self.shared.issuer.store(issuer);
     }
 
     /// Serves one connection whose handshake with [`enroll_server`](crate::enroll_server) is done, until
@@ -291,7 +285,7 @@ impl EnrollService {
         note: &mut Note,
     ) -> Result<CertificateResponse, Refusal> {
         let now = self.shared.clock.now();
-        let issuer = self.shared.issuer.load_full();
+        let issuer = self.shared.issuer.load();
         let issued = issuer.sign_agent(&name, node_uid, csr, now);
         let issued = issued.map_err(|error| {
             tracing::error!(error = %chain(&error), "could not sign an agent's certificate");
