@@ -210,6 +210,12 @@ impl Ca {
         at.filter(|_| !self.old.is_empty())
     }
 
+    /// End of the last leaf that a client was given, if one was.
+    #[must_use]
+    pub fn clients_until(&self) -> Option<UnixTime> {
+        self.notes.clients_until.map(from_secs)
+    }
+
     /// The next authority: a new key, whose root the present one vouches for.
     ///
     /// The present root stays trusted for `keep`, and until the last client's leaf that it has signed has ended. Its key

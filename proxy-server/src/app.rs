@@ -2,6 +2,7 @@
 
 mod door;
 mod http;
+mod obtain;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -11,10 +12,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use certs::tunnel_server_quic;
-use daemon::admin::Endpoint as HttpEndpoint;
-use daemon::{BindOptions, Drained, Exit, Listen, Listener, LogHandle, Readiness, Reload, Tasks};
+use certs::{Ca, tunnel_server_quic};
+use daemon::{BindOptions, Drained, Exit, Listen, Listener, LogHandle, Reload, Tasks};
 use door::Door;
+use http::Ground;
+pub(crate) use obtain::vault;
 use proto::Budget;
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Endpoint, QuicSession, Tuning};
@@ -22,12 +24,13 @@ use proto::wire::ServerOffer;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
+use crate::authority::Authority;
 use crate::backend::{Backend, stream_limits};
 use crate::cluster::{
-    Cluster, Publisher, Questions, Source as ClusterSource, Standing, Tokens, Watch,
+    Cluster, Publisher, Questions, Source as ClusterSource, Standing, Tokens, Vault, Watch,
 };
 use crate::config::{Config, Mark};
-use crate::enrolment::{Authority, Enrolment};
+use crate::enrolment::Enrolment;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::path::direct;
@@ -74,14 +77,14 @@ pub struct Bound {
     pub registry: Registry<QuicSession>,
     config: Config,
     reload: Reload,
-    metrics: daemon::Metrics,
+    ground: Ground,
     endpoints: Vec<(Endpoint, Listener)>,
     doors: Vec<Door>,
-    http: (HttpEndpoint, Vec<HttpEndpoint>),
     enrolment: Arc<Enrolment>,
     watch: Option<Watch>,
     publisher: Option<Publisher>,
     standing: Option<Arc<Standing>>,
+    vault: Option<Vault>,
     reloader: Reloader,
     streams: Tasks,
     stop_enrolment: CancellationToken,
@@ -97,23 +100,58 @@ impl std::fmt::Debug for Bound {
 }
 
 impl App {
-    /// Opens the state, builds everything and binds every address. Must run within a runtime.
+    /// As [`App::bind`], and waits for the authority where that is kept in the cluster. `None` if it is told to stop
+    /// before that has come.
     ///
     /// # Errors
     /// What could not be opened, read or bound.
+    pub async fn start(
+        config: Config,
+        environment: Environment,
+        shutdown: &CancellationToken,
+    ) -> anyhow::Result<Option<Bound>> {
+        let mut ground = Ground::bind(&config)?;
+        let Some(vault) = vault(&config, None) else {
+            return Self::build(config, environment, ground, None).map(Some);
+        };
+        let obtained = obtain::obtain(&config, &vault, &mut ground, shutdown);
+        match Box::pin(obtained).await? {
+            Some(ca) => Self::build(config, environment, ground, Some(ca)).map(Some),
+            None => {
+                ground.ops.drain(FLUSH).await;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Opens the state, builds everything and binds every address. Must run within a runtime.
+    ///
+    /// # Errors
+    /// What could not be opened, read or bound; the authority is kept in the cluster, which [`App::start`] asks.
     pub fn bind(config: Config, environment: Environment) -> anyhow::Result<Bound> {
+        let elsewhere = vault(&config, None).is_some();
+        anyhow::ensure!(!elsewhere, "the authority has to be waited for");
+        let ground = Ground::bind(&config)?;
+        Self::build(config, environment, ground, None)
+    }
+
+    fn build(
+        config: Config,
+        environment: Environment,
+        ground: Ground,
+        obtained: Option<Ca>,
+    ) -> anyhow::Result<Bound> {
         let Environment {
             source,
             log,
             reload,
         } = environment;
-        let daemon_metrics = daemon::Metrics::new(env!("CARGO_PKG_VERSION"));
-        let metrics = Metrics::new(&daemon_metrics);
-        let authority = Arc::new(Authority::open(&config)?);
-        authority.export(&metrics);
+        let daemon_metrics = &ground.metrics;
+        let metrics = Metrics::new(daemon_metrics);
+        let authority = Arc::new(Authority::open(&config, obtained, Arc::clone(&metrics))?);
         let (_, enrolled) = authority.refresh().context("read the token store")?;
         let cluster = match &config.kubernetes {
-            Some(settings) => Cluster::configured(settings, &daemon_metrics),
+            Some(settings) => Cluster::configured(settings, daemon_metrics),
             None => Cluster::default(),
         };
         let cluster = Arc::new(cluster);
@@ -124,6 +162,8 @@ impl App {
                 questions: Questions::new(source),
             })
         });
+        let questions = standing.as_ref().map(|standing| &standing.questions);
+        let vault = vault(&config, questions);
         let budget = Budget::new(config.backend.memory.0);
         let window = budget.stream_window();
         let forwarder = Arc::new(Forwarder {
@@ -164,7 +204,7 @@ impl App {
             revoked: authority.revoked.clone(),
             standing: standing.clone(),
             stopping: CancellationToken::new(),
-            tasks: Tasks::new(),
+            tasks: ground.sessions.clone(),
         });
         let tls =
             tunnel_server_quic(&authority.own, &authority.revoked).context("TLS of the tunnel")?;
@@ -203,12 +243,11 @@ impl App {
             changeable.push(door.changeable(tls));
             doors.push(door);
         }
-        let http = http::bind(&config, &daemon_metrics)?;
         let own: Vec<SocketAddr> = endpoints
             .iter()
             .filter_map(|(_, tcp)| tcp.bound().tcp())
             .chain(frontends.iter().filter_map(Listen::tcp))
-            .chain(http.0.bound().tcp())
+            .chain(ground.observe.tcp())
             .collect();
         let (mut watch, mut publisher) = (None, None);
         if let (Some(settings), Some(source)) = (&config.kubernetes, source_of_cluster) {
@@ -232,12 +271,8 @@ impl App {
                 .filter_map(|(_, tcp)| tcp.bound().tcp())
                 .collect(),
             frontends,
-            observe: http.0.bound().clone(),
-            admin: http
-                .1
-                .iter()
-                .map(|endpoint| endpoint.bound().clone())
-                .collect(),
+            observe: ground.observe.clone(),
+            admin: ground.admin.clone(),
             registry: forwarder.registry.clone(),
             reloader: Reloader {
                 source,
@@ -249,14 +284,14 @@ impl App {
             },
             config,
             reload,
-            metrics: daemon_metrics,
+            ground,
             endpoints,
             doors,
-            http,
             enrolment: Arc::new(enrolment),
             watch,
             publisher,
             standing,
+            vault,
             streams,
             stop_enrolment,
         })
@@ -326,31 +361,32 @@ fn bind_backend(
 
 impl Bound {
     /// Serves until `shutdown`, then drains; `immediate` cuts the drain short.
-    pub async fn run(self, shutdown: CancellationToken, immediate: CancellationToken) -> Exit {
+    pub async fn run(mut self, shutdown: CancellationToken, immediate: CancellationToken) -> Exit {
         let backend = Arc::clone(&self.reloader.backend);
         let forwarder = Arc::clone(&backend.forwarder);
-        let readiness = Readiness::new();
-        let starting = readiness.register("proxy-server");
-        let (service, ops, streams) = (Tasks::new(), Tasks::new(), self.streams.clone());
-        // Stops first: from then on another server may write to the cluster.
-        let writes = Tasks::new();
         let drain = self.config.drain;
 
-        http::serve(
-            &self.config,
-            self.http,
-            &readiness,
-            &[&service, &backend.tasks, &writes],
-            &ops,
-            (self.metrics, self.reloader.log.clone()),
-            &forwarder,
-        );
+        self.ground.serve_observe();
+        let log = &self.reloader.log;
+        self.ground.serve_admin(&self.config.name, log, &forwarder);
+        let Ground {
+            readiness,
+            starting,
+            service,
+            writes,
+            ops,
+            ..
+        } = self.ground;
+        let streams = self.streams.clone();
         let authority = Arc::clone(&self.reloader.authority);
-        for_ever(
-            &service,
-            "renewal",
-            authority.keep_renewed(Arc::clone(&forwarder.metrics)),
-        );
+        for_ever(&service, "renewal", Arc::clone(&authority).keep_renewed());
+        match self.vault {
+            Some(vault) => {
+                let metrics = Arc::clone(&forwarder.metrics);
+                for_ever(&service, "authority", vault.follow(authority, metrics));
+            }
+            None => for_ever(&service, "authority", authority.follow_dir()),
+        }
         if let Some(watch) = self.watch {
             for_ever(&service, "cluster", watch.run());
         }

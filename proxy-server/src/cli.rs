@@ -27,6 +27,7 @@ const EXAMPLES: &str = "\
 Examples:
   proxy-server run --config /etc/corvid/proxy-server.yaml
   proxy-server token create --config /etc/corvid/proxy-server.yaml --agents 'edge-*' --uses 10
+  proxy-server ca rotate --config /etc/corvid/proxy-server.yaml
   proxy-server cert issue --client kube-apiserver --out /etc/kubernetes/corvid --state-dir /var/lib/corvid
   proxy-server status";
 
@@ -57,6 +58,9 @@ enum Command {
     /// left out and reported. The rules are one nftables table, `inet corvid_redirect`, shown before anything is done;
     /// connections with the mark `direct.mark`, which are this server's own, are exempt.
     Redirect(RedirectArgs),
+    /// The authority: show it, rotate it.
+    #[command(subcommand)]
+    Ca(CaCommand),
     /// Tokens and passwords of scrapers.
     #[command(subcommand)]
     Credential(CredentialCommand),
@@ -252,11 +256,43 @@ enum CertCommand {
         #[arg(long)]
         client: certs::Name,
         /// Days until it expires. kube-apiserver reads its certificate at its start only.
-        #[arg(long, default_value_t = certs::CLIENT_DAYS)]
+        #[arg(long, default_value_t = certs::CLIENT_DAYS, value_parser = clap::value_parser!(u32).range(1..=3650))]
         days: u32,
         /// The directory to write to.
         #[arg(long)]
         out: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CaCommand {
+    /// Show the root that signs, those that are trusted, and until when.
+    Show {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a new root. The old one stays trusted until its last certificate is gone; no session ends.
+    ///
+    /// The old key signs the new root and is forgotten. Peers that know only the old root believe the new one by that;
+    /// those that know the new one trust the old one too. So servers, agents and clients may hear of it in any order.
+    Rotate {
+        #[command(flatten)]
+        state: StateArgs,
+        /// How long the old root stays trusted, as in 31d [default: 24h and `backend.renewGrace`]; in any case until
+        /// the last client certificate has ended.
+        #[arg(long, value_parser = humantime::parse_duration)]
+        keep: Option<Duration>,
+    },
+    /// Trust older roots no longer. Servers do this by themselves when it is time.
+    Retire {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Before it is time: agents and clients that have nothing newer are cut off and have to enrol again.
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -299,9 +335,18 @@ pub fn main(cli: Cli) -> Exit {
             out,
         }) => commands::finish(commands::cert_issue(&state, &client, days, &out)),
         Command::Redirect(args) => redirect::main(&args.command()),
+        Command::Ca(command) => commands::finish(ca(command)),
         Command::Credential(CredentialCommand::Hash { name }) => {
             commands::finish(commands::credential_hash(&name))
         }
+    }
+}
+
+fn ca(command: CaCommand) -> anyhow::Result<String> {
+    match command {
+        CaCommand::Show { state, json } => commands::ca_show(&state, json),
+        CaCommand::Rotate { state, keep } => commands::ca_rotate(&state, keep),
+        CaCommand::Retire { state, force } => commands::ca_retire(&state, force),
     }
 }
 
@@ -351,8 +396,10 @@ fn run(args: &ConfigArgs) -> Exit {
             log,
             reload: signals.reload(),
         };
-        match App::bind(config, environment) {
-            Ok(bound) => Box::pin(bound.run(signals.shutdown(), signals.immediate())).await,
+        let shutdown = signals.shutdown();
+        match App::start(config, environment, &shutdown).await {
+            Ok(Some(bound)) => Box::pin(bound.run(shutdown, signals.immediate())).await,
+            Ok(None) => Exit::Drained,
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "could not start");
                 Exit::Failed

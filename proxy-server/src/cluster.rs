@@ -34,6 +34,7 @@ mod questions;
 mod standing;
 mod table;
 mod tokens;
+mod vault;
 mod watch;
 
 use std::sync::Arc;
@@ -51,6 +52,7 @@ pub use table::ClusterTable;
 pub(crate) use tokens::Tokens;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::Instant;
+pub(crate) use vault::Vault;
 pub(crate) use watch::Watch;
 
 use crate::config::Kubernetes;

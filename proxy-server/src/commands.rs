@@ -1,11 +1,14 @@
 //! The commands beside `run`: each works on the state directory, with or without a server that runs on it, and returns
 //! what is to be printed.
 
+mod ca;
+
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use certs::{Clock, Credential, Issuer, Name, NewToken, Store, TrustDomain};
+pub use ca::{ca_retire, ca_rotate, ca_show, cert_issue};
+use certs::{CaDir, Clock, Issuer, Name, NewToken, Store, TrustDomain};
 use daemon::{Exit, Listen};
 use secrecy::ExposeSecret as _;
 use serde::Serialize;
@@ -67,6 +70,14 @@ impl State {
             None => {
                 let config = config::load(&args.config, &Overrides::default())
                     .context("find the state directory (or give --state-dir)")?;
+                let of_cluster = config.kubernetes.and_then(|k| k.authority).is_some();
+                let dir = CaDir::new(config.state_dir.join("ca"));
+                // Not made here: another one would be in the way of the cluster's.
+                anyhow::ensure!(
+                    !of_cluster || dir.load(&config.trust_domain)?.is_some(),
+                    "there is no copy of the authority in {} yet; the server that runs here makes it",
+                    dir.path().display()
+                );
                 (config.state_dir, config.trust_domain)
             }
         };
@@ -245,27 +256,6 @@ fn shown_leaf(file: &Path) -> Option<ShownLeaf> {
         not_after: time(leaf.not_after.as_secs()),
         fingerprint: leaf.fingerprint,
     })
-}
-
-/// `cert issue`
-///
-/// # Errors
-/// The state directory or `out` can't be used, or `days` is out of range.
-pub fn cert_issue(
-    args: &StateArgs,
-    client: &Name,
-    days: u32,
-    out: &Path,
-) -> anyhow::Result<String> {
-    let state = State::open(args)?;
-    let credential: Credential = state.issuer.issue_client(client, days, state.clock.now())?;
-    certs::export_client(&credential, state.issuer.bundle(), out)
-        .with_context(|| format!("write to {}", out.display()))?;
-    let at = out.display();
-    Ok(format!(
-        "{at}/{client}.crt, {at}/{client}.key, {at}/ca.crt; expires {}",
-        time(credential.not_after().as_secs())
-    ))
 }
 
 /// `credential hash`: the secret comes by standard input, so that it is in no list of processes.

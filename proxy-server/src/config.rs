@@ -3,6 +3,7 @@
 //! [`load`] returns values that need no further checks. `docs/configuration.md` explains every key.
 
 mod allow;
+mod authority;
 mod check;
 mod direct;
 mod dns;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use allow::{Pattern, Ports, Rule};
+pub use authority::Authority;
 use certs::{Name, TrustDomain};
 use daemon::{ByteSize, ConfigError, Listen, LogFormat};
 pub use direct::{Direct, Mark};

@@ -5,6 +5,7 @@
 //! a session.
 
 pub mod app;
+mod authority;
 pub mod backend;
 pub mod cli;
 pub mod cluster;

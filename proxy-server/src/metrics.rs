@@ -176,6 +176,10 @@ pub struct Metrics {
     pub requesters_refused: Family<ReasonLabels, Counter>,
     /// When certificates expire.
     pub expiry: Family<CertificateLabels, Gauge>,
+    /// Roots that are trusted.
+    pub roots: Gauge,
+    /// Attempts to follow the authority where it is kept that failed.
+    pub authority_failures: Counter,
     /// Configuration reloads.
     pub reloads: Family<ResultLabels, Counter>,
     /// Bytes that stopped readers may hold.
@@ -200,6 +204,8 @@ impl Metrics {
             sessions_refused: Family::default(),
             requesters_refused: Family::default(),
             expiry: Family::default(),
+            roots: Gauge::default(),
+            authority_failures: Counter::default(),
             reloads: Family::default(),
             held: Gauge::default(),
         };
@@ -250,6 +256,16 @@ impl Metrics {
             "certificate_expiry_timestamp_seconds",
             "When the certificate expires, Unix time",
             self.expiry.clone(),
+        );
+        registry.register(
+            "authority_roots",
+            "Roots that are trusted: more than one while the authority is rotated",
+            self.roots.clone(),
+        );
+        registry.register(
+            "authority_failures",
+            "Attempts to follow the authority where it is kept that failed",
+            self.authority_failures.clone(),
         );
         registry.register(
             "config_reloads",

@@ -12,9 +12,9 @@ use certs::{FrontendTrust, OperatorPki, Own, TrustBundle};
 use daemon::{Change, LogHandle, Reload, Watch, WatchOptions};
 use rustls::ServerConfig;
 
+use crate::authority::Authority;
 use crate::backend::Backend;
 use crate::config::{self, Config, Frontend, Overrides};
-use crate::enrolment::Authority;
 use crate::frontend::LiveTls;
 use crate::frontend::credentials::Credentials;
 use crate::frontend::forward_proxy::ForwardProxy;

@@ -1,60 +1,99 @@
-//! The observe and admin endpoints of a proxy-server.
+//! What stands before anything else does: the observe and admin endpoints, readiness, and the tasks whose health livez
+//! tells.
 
 use std::sync::Arc;
 
 use daemon::admin::{Endpoint, Reply, Routes};
-use daemon::{Listen, LogHandle, Readiness, Tasks};
+use daemon::{Listen, LogHandle, Readiness, ReadinessGuard, Tasks};
 
 use super::log_end;
 use crate::config::Config;
 use crate::serve::Forwarder;
 use crate::status;
 
-pub(super) fn bind(
-    config: &Config,
-    metrics: &daemon::Metrics,
-) -> anyhow::Result<(Endpoint, Vec<Endpoint>)> {
-    let observe = Endpoint::observe(&config.observe.listen, metrics)?;
-    let mut admin = vec![Endpoint::admin(&config.admin.listen, metrics)?];
-    if let Some(socket) = &config.admin.socket {
-        admin.push(Endpoint::admin(&Listen::Unix(socket.clone()), metrics)?);
-    }
-    Ok((observe, admin))
+/// The endpoints, bound, and what they tell of.
+pub(super) struct Ground {
+    pub(super) metrics: daemon::Metrics,
+    pub(super) readiness: Readiness,
+    /// Dropped once requests are served.
+    pub(super) starting: ReadinessGuard,
+    /// What must not end.
+    pub(super) service: Tasks,
+    /// Sessions of agents.
+    pub(super) sessions: Tasks,
+    /// What writes to the cluster; stops first: from then on another server may do so.
+    pub(super) writes: Tasks,
+    /// The endpoints, which answer until the very end.
+    pub(super) ops: Tasks,
+    /// Where livez, readyz and metrics are.
+    pub(super) observe: Listen,
+    /// Where the admin endpoints are.
+    pub(super) admin: Vec<Listen>,
+    to_observe: Option<Endpoint>,
+    to_admin: Vec<Endpoint>,
 }
 
-pub(super) fn serve(
-    config: &Config,
-    (observe, admin): (Endpoint, Vec<Endpoint>),
-    readiness: &Readiness,
-    alive: &[&Tasks],
-    ops: &Tasks,
-    (metrics, log): (daemon::Metrics, LogHandle),
-    forwarder: &Arc<Forwarder>,
-) {
-    let alive: Vec<Tasks> = alive.iter().map(|tasks| (*tasks).clone()).collect();
-    let routes = Routes::observe(readiness.clone(), &alive, metrics);
-    let mut all = vec![(observe, routes)];
-    for endpoint in admin {
-        let (server, registry) = (config.name.clone(), forwarder.registry.clone());
-        let (of_nodes, of_cluster) = (Arc::clone(forwarder), Arc::clone(forwarder));
-        let routes = Routes::admin(log.clone())
-            .get("/sessions", move |_request| {
-                let reply = Reply::json(&status::sessions(&server, &registry));
-                async move { reply }
-            })
-            .get("/nodes", move |_request| {
-                let reply = Reply::json(&status::nodes(&of_nodes));
-                async move { reply }
-            })
-            .get("/cluster", move |_request| {
-                let reply = Reply::json(&status::cluster(&of_cluster));
-                async move { reply }
-            });
-        all.push((endpoint, routes));
+impl Ground {
+    pub(super) fn bind(config: &Config) -> anyhow::Result<Self> {
+        let metrics = daemon::Metrics::new(env!("CARGO_PKG_VERSION"));
+        let observe = Endpoint::observe(&config.observe.listen, &metrics)?;
+        let mut admin = vec![Endpoint::admin(&config.admin.listen, &metrics)?];
+        if let Some(socket) = &config.admin.socket {
+            admin.push(Endpoint::admin(&Listen::Unix(socket.clone()), &metrics)?);
+        }
+        let readiness = Readiness::new();
+        Ok(Self {
+            metrics,
+            starting: readiness.register("proxy-server"),
+            readiness,
+            service: Tasks::new(),
+            sessions: Tasks::new(),
+            writes: Tasks::new(),
+            ops: Tasks::new(),
+            observe: observe.bound().clone(),
+            admin: admin
+                .iter()
+                .map(|endpoint| endpoint.bound().clone())
+                .collect(),
+            to_observe: Some(observe),
+            to_admin: admin,
+        })
     }
-    for (endpoint, routes) in all {
-        let tasks = ops.clone();
-        ops.critical("http", async move {
+
+    /// Answers livez, readyz and metrics, if it does not yet.
+    pub(super) fn serve_observe(&mut self) {
+        let Some(endpoint) = self.to_observe.take() else {
+            return;
+        };
+        let alive = [&self.service, &self.sessions, &self.writes].map(Clone::clone);
+        let routes = Routes::observe(self.readiness.clone(), &alive, self.metrics.clone());
+        self.serve(endpoint, routes);
+    }
+
+    pub(super) fn serve_admin(&mut self, server: &str, log: &LogHandle, of: &Arc<Forwarder>) {
+        for endpoint in std::mem::take(&mut self.to_admin) {
+            let (server, registry) = (server.to_owned(), of.registry.clone());
+            let (of_nodes, of_cluster) = (Arc::clone(of), Arc::clone(of));
+            let routes = Routes::admin(log.clone())
+                .get("/sessions", move |_request| {
+                    let reply = Reply::json(&status::sessions(&server, &registry));
+                    async move { reply }
+                })
+                .get("/nodes", move |_request| {
+                    let reply = Reply::json(&status::nodes(&of_nodes));
+                    async move { reply }
+                })
+                .get("/cluster", move |_request| {
+                    let reply = Reply::json(&status::cluster(&of_cluster));
+                    async move { reply }
+                });
+            self.serve(endpoint, routes);
+        }
+    }
+
+    fn serve(&self, endpoint: Endpoint, routes: Routes) {
+        let tasks = self.ops.clone();
+        self.ops.critical("http", async move {
             log_end("http", endpoint.serve(routes, &tasks).await);
         });
     }

@@ -19,7 +19,7 @@ use tower::ServiceBuilder;
 use tower::timeout::TimeoutLayer;
 
 use super::Cluster;
-use crate::config::Kubernetes;
+use crate::config::{Kubernetes, NAMESPACE};
 
 /// For a TCP connect.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -86,8 +86,14 @@ impl Source {
         Ok(())
     }
 
+    /// Where our own objects are.
+    pub(crate) fn namespace_for(&self, settings: &Kubernetes) -> String {
+        let said = settings.namespace.clone().or_else(|| self.namespace());
+        said.unwrap_or_else(|| NAMESPACE.to_owned())
+    }
+
     /// The namespace that is said beside the credential.
-    pub(super) fn namespace(&self) -> Option<String> {
+    fn namespace(&self) -> Option<String> {
         match self {
             Self::Kubeconfig(file) => context(&Kubeconfig::read_from(file).ok()?)?
                 .namespace

@@ -47,7 +47,7 @@ use super::ask::{AskError, Asker, within};
 use super::client::Source;
 use super::lease::{Candidate, FIELD_MANAGER, Leadership};
 use super::nodes::KUBELET_PORT;
-use crate::config::{Dns, Kubernetes, LeaseTimes, NAMESPACE, ObjectName};
+use crate::config::{Dns, Kubernetes, LeaseTimes, ObjectName};
 use crate::metrics::{DnsMetrics, WriteLabels};
 use crate::route::RouteTable;
 use crate::serve::Forwarder;
@@ -210,13 +210,12 @@ impl Publisher {
     ) -> Option<Self> {
         let published = forwarder.routing.cluster.published()?;
         let identity = format!("{server}_{:08x}", rand::random::<u32>());
-        let namespace = settings.namespace.clone().or_else(|| source.namespace());
         Some(Self {
             candidate: Candidate::new(
                 Arc::clone(&published.leadership),
                 identity.clone(),
                 settings.lease,
-                namespace.unwrap_or_else(|| NAMESPACE.to_owned()),
+                source.namespace_for(settings),
                 source.clone(),
             ),
             writer: Writer {

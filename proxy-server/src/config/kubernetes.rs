@@ -7,6 +7,7 @@ use daemon::Problems;
 use proto::AgentName;
 use serde::Deserialize;
 
+use super::authority::Authority;
 use super::dns::{self, Dns, LeaseTimes};
 use super::enrol::Enrol;
 
@@ -34,6 +35,8 @@ pub struct Kubernetes {
     pub dns: Option<Dns>,
     /// Agents enrol with their pods' ServiceAccount tokens; without this section with join tokens alone.
     pub enrol: Option<Enrol>,
+    /// Where the authority is kept that all servers have; without this section it is that of the state directory.
+    pub authority: Option<Authority>,
 }
 
 /// Where our own objects are, where nobody says anything else.
@@ -59,6 +62,7 @@ impl Default for Kubernetes {
             lease: LeaseTimes::default(),
             dns: None,
             enrol: None,
+            authority: None,
         }
     }
 }
@@ -161,6 +165,9 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
     );
     if let Some(enrol) = &kubernetes.enrol {
         enrol.check(problems);
+    }
+    if let Some(authority) = &kubernetes.authority {
+        authority.check(problems);
     }
     for (name, pool) in &kubernetes.pools {
         problems.check(

@@ -11,6 +11,7 @@
 mod agents;
 mod allow;
 mod api;
+mod authority;
 mod cluster;
 mod connect;
 mod dns;
@@ -19,6 +20,7 @@ mod drain;
 mod enrol;
 mod intercept;
 mod konnectivity;
+mod rotation;
 mod scrape;
 mod stack;
 mod standing;

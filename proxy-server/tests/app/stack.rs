@@ -77,6 +77,22 @@ pub(crate) fn configuration_of(dir: &Path, frontends: &str, more: &str) -> PathB
     file
 }
 
+/// What a process reads of its configuration file.
+pub(crate) fn read(file: &Path) -> (proxy_server::Config, Environment, ReloadTrigger) {
+    let config = config::load(file, &Overrides::default()).unwrap();
+    let (trigger, reload) = Reload::manual();
+    let source = Source {
+        file: Some(file.to_owned()),
+        overrides: Overrides::default(),
+    };
+    let environment = Environment {
+        source,
+        log: LogHandle::detached(),
+        reload,
+    };
+    (config, environment, trigger)
+}
+
 impl Stack {
     pub(crate) fn start(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -85,18 +101,20 @@ impl Stack {
     }
 
     pub(crate) fn start_with(dir: tempfile::TempDir, file: &Path) -> Self {
-        let config = config::load(file, &Overrides::default()).unwrap();
-        let (trigger, reload) = Reload::manual();
-        let source = Source {
-            file: Some(file.to_owned()),
-            overrides: Overrides::default(),
-        };
-        let environment = Environment {
-            source,
-            log: LogHandle::detached(),
-            reload,
-        };
-        let bound = App::bind(config, environment).unwrap();
+        let (config, environment, trigger) = read(file);
+        Self::run(App::bind(config, environment).unwrap(), dir, trigger)
+    }
+
+    /// One that waits for its authority.
+    pub(crate) async fn launch(dir: tempfile::TempDir, file: &Path) -> Self {
+        let (config, environment, trigger) = read(file);
+        let never = CancellationToken::new();
+        let started = within(App::start(config, environment, &never));
+        let bound = Box::pin(started).await.unwrap().unwrap();
+        Self::run(bound, dir, trigger)
+    }
+
+    fn run(bound: proxy_server::Bound, dir: tempfile::TempDir, trigger: ReloadTrigger) -> Self {
         let shutdown = CancellationToken::new();
         let (backend, frontends) = (bound.backend[0], bound.frontends.clone());
         let (observe, admin) = (bound.observe.clone(), bound.admin[0].clone());
@@ -281,8 +299,8 @@ impl Stack {
             .sum()
     }
 
-    /// Ends everything and checks that it ended well.
-    pub(crate) async fn stop(mut self) {
+    /// Ends everything, checks that it ended well, and leaves the directory for another start.
+    pub(crate) async fn stop(mut self) -> tempfile::TempDir {
         self.agents_stop.cancel();
         while let Some(agent) = within(self.agents.join_next()).await {
             agent.unwrap();
@@ -293,6 +311,7 @@ impl Stack {
             self.registry.is_empty(),
             "a session is left in the registry"
         );
+        self.dir
     }
 
     pub(crate) async fn exit(&mut self) -> Exit {

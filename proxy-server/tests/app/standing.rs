@@ -2,6 +2,7 @@
 //! because nobody knows.
 
 use certs::{AgentFiles, EnrollError, Own};
+use futures_util::FutureExt;
 use proto::Reason;
 use proto::control::{Control, ControlError, Liveness};
 use proto::transport::Session;
@@ -25,13 +26,13 @@ fn edge_of(name: &str, uid: &str) -> Value {
 }
 
 /// An agent that does nothing but keep its session.
-struct Quiet {
+pub(crate) struct Quiet {
     session: QuicSession,
     tasks: JoinSet<()>,
 }
 
 /// Opens a session with what `own` has; the reason if it is refused.
-async fn come(stack: &Stack, own: &Own) -> Result<Quiet, Reason> {
+pub(crate) async fn come(stack: &Stack, own: &Own) -> Result<Quiet, Reason> {
     let session = bare_session(stack, own).await.unwrap();
     let offer = Offer {
         agent: own
@@ -72,7 +73,12 @@ impl Quiet {
         reason
     }
 
-    fn leave(self) {
+    /// Whether the server has left it alone.
+    pub(crate) fn is_up(&self) -> bool {
+        self.session.closed().now_or_never().is_none()
+    }
+
+    pub(crate) fn leave(self) {
         self.session.close(Reason::Draining);
     }
 }

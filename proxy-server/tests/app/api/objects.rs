@@ -1,4 +1,4 @@
-//! Leases, ConfigMaps, Services and Pods of the emulated API: read, create, replace and merge-patch by resource version, as
+//! Leases, ConfigMaps, Services, Pods and Secrets of the emulated API: read, create, replace and merge-patch by resource version, as
 //! kube-apiserver does it, and what one way in to it may do to requests.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::{Api, Body, State, whole};
+use super::{Api, Body, Mood, State, status, whole};
 
 /// The largest sum of values of a ConfigMap.
 const MOST: usize = 1 << 20;
@@ -136,7 +136,14 @@ pub(super) async fn answer(
     let body = (!body.is_empty()).then(|| serde_json::from_slice::<Value>(&body).unwrap());
     let (resource, namespace, name) = parse(head.uri.path());
     let what = format!("{} {resource}", head.method);
-    state.lock().asked.push((door.number, what.clone()));
+    let mood = {
+        let mut state = state.lock();
+        state.asked.push((door.number, what.clone()));
+        state.mood
+    };
+    if let Mood::Status(code) = mood {
+        return status(code);
+    }
     let refused = door
         .refused
         .lock()
@@ -210,7 +217,7 @@ fn parse(path: &str) -> (String, String, Option<String>) {
     let mut parts = rest.unwrap().split('/').map(str::to_owned);
     let (namespace, resource) = (parts.next().unwrap(), parts.next().unwrap());
     assert!(
-        ["leases", "configmaps", "services", "pods"].contains(&resource.as_str()),
+        ["leases", "configmaps", "services", "pods", "secrets"].contains(&resource.as_str()),
         "{path}"
     );
     (resource, namespace, parts.next())
