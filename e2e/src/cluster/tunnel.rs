@@ -113,14 +113,11 @@ impl Tunnel {
         let token = ["token", "create", "--agents", name, "--config", CONFIG];
         let token = self.admin(&token)?;
         let token = token.lines().next().context("no token was printed")?;
-        let shown = self.admin(&["cert", "show", "--config", CONFIG])?;
-        let pin = shown.split(|c: char| c.is_whitespace() || c == '"');
-        let pin = pin.into_iter().find(|word| word.starts_with("sha256:"));
         let config = json!({
             "name": name,
             "stateDir": self.dir.join(name),
             "servers": [format!("{PUBLIC}:8443")],
-            "join": {"token": token, "caPin": pin.context("no pin was printed")?},
+            "join": {"token": token, "caPin": self.pin()?},
         });
         fs::write(self.dir.join(format!("{name}.yaml")), config.to_string())?;
         self.start_agent(edge)
@@ -202,15 +199,34 @@ impl Tunnel {
         serde_json::from_str(&status).with_context(|| format!("status is {status:?}"))
     }
 
+    /// The pin of the authority at work, as an operator finds it out.
+    ///
+    /// # Errors
+    /// When none is printed.
+    pub fn pin(&self) -> Result<String> {
+        let shown = self.admin(&["cert", "show", "--config", CONFIG])?;
+        let mut words = shown.split(|c: char| c.is_whitespace() || c == '"');
+        let pin = words.find(|word| word.starts_with("sha256:"));
+        Ok(pin.context("no pin was printed")?.to_owned())
+    }
+
+    /// Runs a command of the proxy-server as its account, to its end, and returns what it said.
+    ///
+    /// # Errors
+    /// What it said, if it does not end well.
+    pub fn as_account(&self, name: &str, args: &[&str]) -> Result<String> {
+        let command = self.server.command(name, args)?;
+        let status = command.wait(DEADLINE)?;
+        ensure!(status.success(), "{status}: {}", command.log());
+        Ok(command.log())
+    }
+
     /// The rules that `proxy-server redirect` would apply.
     ///
     /// # Errors
     /// When it shows none.
     pub fn redirect_rules(&self) -> Result<String> {
-        let shown = self.server.redirect("--dry-run")?;
-        let status = shown.wait(DEADLINE)?;
-        ensure!(status.success(), "{status}: {}", shown.log());
-        Ok(shown.log())
+        self.as_account("redirect-shown", &["redirect", "--dry-run"])
     }
 
     /// Starts `proxy-server redirect --run`, which keeps the rules.
@@ -218,7 +234,7 @@ impl Tunnel {
     /// # Errors
     /// When it does not start.
     pub fn redirect(&mut self) -> Result<()> {
-        self.redirect = Some(self.server.redirect("--run")?);
+        self.redirect = Some(self.server.command("redirect", &["redirect", "--run"])?);
         Ok(())
     }
 
@@ -277,7 +293,7 @@ impl Tunnel {
         let out = self.dir.join(client);
         let folder = out.display().to_string();
         let issue = ["cert", "issue", "--client", client, "--out", &folder];
-        self.admin(&[&issue[..], &["--config", CONFIG]].concat())?;
+        self.as_account(&format!("cert-issue-{client}"), &issue)?;
         let key = |end: &str| format!("{client}.{end}");
         let files = ["ca.crt".to_owned(), key("crt"), key("key")].map(|file| out.join(file));
         for file in &files {

@@ -22,7 +22,7 @@ struct Row {
     recovers: fn(&mut Cluster) -> Result<()>,
 }
 
-const ROWS: [Row; 11] = [
+const ROWS: [Row; 14] = [
     Row {
         verb: "list",
         resource: "nodes",
@@ -76,6 +76,24 @@ const ROWS: [Row; 11] = [
         resource: "configmaps",
         breaks: a_spoilt_map_stays_so,
         recovers: the_map_is_written,
+    },
+    Row {
+        verb: "create",
+        resource: "secrets",
+        breaks: a_lost_authority_is_not_made_again,
+        recovers: the_authority_is_kept,
+    },
+    Row {
+        verb: "get",
+        resource: "secrets",
+        breaks: the_authority_is_not_followed,
+        recovers: the_authority_is_kept,
+    },
+    Row {
+        verb: "update",
+        resource: "secrets",
+        breaks: no_root_is_made,
+        recovers: a_new_root_ends_no_session,
     },
     Row {
         verb: "create",
@@ -312,6 +330,71 @@ fn the_map_is_written(cluster: &mut Cluster) -> Result<()> {
         }
         Ok(())
     })
+}
+
+const SECRET: [&str; 4] = ["secret", "corvid-ca", "-n", "corvid"];
+
+/// Waits until the log has kube-apiserver's refusal.
+fn told_soon(cluster: &Cluster, mark: u64, what: &str) -> Result<String> {
+    until(DEADLINE, what, || told(cluster, mark, what))
+}
+
+fn a_lost_authority_is_not_made_again(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    cluster.kubectl().ok(&[&["delete"], &SECRET[..]].concat())?;
+    told_soon(cluster, mark, &forbidden("create", "secrets"))
+}
+
+fn the_authority_is_not_followed(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    let told = told_soon(cluster, mark, &forbidden("get", "secrets"))?;
+    // What is at work goes on.
+    enrol::ask(cluster)?;
+    Ok(told)
+}
+
+/// The Secret is there, with the authority that is at work.
+fn the_authority_is_kept(cluster: &mut Cluster) -> Result<()> {
+    let pin = cluster.tunnel().pin()?;
+    let kept = "jsonpath={.metadata.annotations.corvid\\.io/ca-pin}";
+    let kept = [&["get", "-o", kept], &SECRET[..]].concat();
+    until(DEADLINE, "the authority is kept", || {
+        let kept = String::from_utf8(cluster.kubectl().ok(&kept)?)?;
+        ensure!(kept == pin, "{kept} in place of {pin}");
+        Ok(())
+    })
+}
+
+fn no_root_is_made(cluster: &mut Cluster) -> Result<String> {
+    let refused = cluster
+        .tunnel()
+        .as_account("ca-rotate-refused", &["ca", "rotate"]);
+    let refused = format!("{:#}", refused.err().context("it was made")?);
+    let told = forbidden("update", "secrets");
+    ensure!(refused.contains(&told), "{refused}");
+    Ok(told)
+}
+
+/// A new root is at work at once, the sessions of before go on, and what enrols now is certified by it.
+fn a_new_root_ends_no_session(cluster: &mut Cluster) -> Result<()> {
+    let mark = cluster.tunnel().server().mark();
+    let before = cluster.tunnel().pin()?;
+    cluster
+        .tunnel()
+        .as_account("ca-rotate", &["ca", "rotate"])?;
+    until(DEADLINE, "the new root is at work", || {
+        let now = cluster.tunnel().pin()?;
+        ensure!(now != before, "{now} still");
+        Ok(())
+    })?;
+    the_authority_is_kept(cluster)?;
+    enrol::ask(cluster)?;
+    for node in NODES {
+        cluster.tunnel().wait_session(node)?;
+    }
+    let log = cluster.tunnel().server().log_since(mark);
+    ensure!(!log.contains("session down"), "{log}");
+    Ok(())
 }
 
 fn no_token_is_known(cluster: &mut Cluster) -> Result<String> {

@@ -77,11 +77,12 @@ impl Server {
         Ok(())
     }
 
-    /// Starts `proxy-server redirect` on the same host, as the same account.
-    pub(super) fn redirect(&self, mode: &str) -> Result<Process> {
+    /// Starts another command of the program on the same host, as the same account.
+    pub(super) fn command(&self, name: &str, args: &[&str]) -> Result<Process> {
         self.account
-            .spawn(&format!("redirect{mode}"), &self.program)
-            .args(["redirect", mode, "--config"])
+            .spawn(name, &self.program)
+            .args(args)
+            .arg("--config")
             .arg(self.dir.join(CONFIG))
             .host(&self.cloud)
             .start(&self.logs)
@@ -141,6 +142,7 @@ fn config(dir: &Path) -> Value {
             "inCluster": true,
             "dns": {"service": format!("{NAMESPACE}/{SERVICE}")},
             "enrol": {},
+            "authority": {"refresh": "2s"},
         },
         "observe": {"listen": "127.0.0.1:9440"},
         "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
