@@ -122,11 +122,10 @@ impl Node {
             "kind": "KubeletConfiguration",
             "authentication": {
                 "anonymous": {"enabled": false},
-                // The default of two minutes may end while kube-apiserver is away.
-                "webhook": {"enabled": true, "cacheTTL": "1h"},
+                "webhook": {"enabled": true},
                 "x509": {"clientCAFile": pki.path("ca.crt")},
             },
-            "authorization": {"mode": "Webhook", "webhook": {"cacheAuthorizedTTL": "1h"}},
+            "authorization": {"mode": "Webhook"},
             "tlsCertFile": pki.path(&format!("{leaf}.crt")),
             "tlsPrivateKeyFile": pki.path(&format!("{leaf}.key")),
             "containerRuntimeEndpoint": format!("unix://{}", self.socket().display()),

@@ -54,6 +54,11 @@ impl Cluster {
             .replace("scrape_interval: 15s", "scrape_interval: 1s");
         let config = dir.join("prometheus.yaml");
         fs::write(&config, text)?;
+        let tsdb = dir.join("tsdb");
+        if tsdb.exists() {
+            // What an earlier one has seen would count as seen now, for five minutes.
+            fs::remove_dir_all(&tsdb)?;
+        }
         let cloud = self.host("cloud")?;
         let mut check = cloud.command("promtool");
         check.args(["check", "config"]).arg(&config);
@@ -69,10 +74,7 @@ impl Cluster {
         }
         let prometheus = Spawn::new("prometheus", "prometheus")
             .arg(format!("--config.file={}", config.display()))
-            .arg(format!(
-                "--storage.tsdb.path={}",
-                dir.join("tsdb").display()
-            ))
+            .arg(format!("--storage.tsdb.path={}", tsdb.display()))
             .arg(format!("--web.listen-address=127.0.0.1:{PROMETHEUS}"))
             .host(&cloud);
         programs.push(prometheus.start(&self.logs())?);
