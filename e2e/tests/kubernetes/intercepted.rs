@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::cluster::{Cluster, CoreDns, Egress, until};
+use e2e::cluster::{Cluster, CoreDns, Egress, NODES, until};
 use serde_json::json;
 
 /// For what is written, mounted and read again within seconds.
@@ -15,7 +15,7 @@ pub(super) fn names(cluster: &mut Cluster) -> Result<(CoreDns, String)> {
     cluster.start_apiserver(&Egress::Addresses)?;
     let dns = cluster.coredns()?;
     let address = cluster.service_address()?;
-    for node in ["edge1", "edge2"] {
+    for node in NODES {
         resolves(cluster, &dns, node, &address)?;
     }
     cluster.start_apiserver(&Egress::Names(dns.resolver()))?;
@@ -49,6 +49,10 @@ pub(super) fn names_follow_nodes(cluster: &Cluster, dns: &CoreDns) -> Result<Str
 
 /// An address that two nodes have leads nowhere, and is reported with what to do.
 pub(super) fn shared_address(cluster: &Cluster) -> Result<String> {
+    // It has that address as well, and is not at the edge.
+    cluster
+        .kubectl()
+        .ok(&["delete", "node", "ghost", "--ignore-not-found"])?;
     let shown = cluster.tunnel().redirect_rules()?;
     let wanted =
         "# left out: 192.168.1.10 is shared by nodes that different agents serve: edge1, edge2";
@@ -70,6 +74,14 @@ pub(super) fn addresses(cluster: &mut Cluster) -> Result<String> {
         Ok(())
     })?;
     cluster.start_apiserver(&Egress::Addresses)?;
+    // The rules are kept by a process of its own; who is meant is known to the proxy-server.
+    for (node, address) in NODES.iter().zip(&addresses) {
+        until(DEADLINE, &format!("{address} is known"), || {
+            let known = cluster.tunnel().wait_node(node)?;
+            ensure!(known.addresses == [address.to_string()], "{known:?}");
+            Ok(())
+        })?;
+    }
     Ok(format!("{addresses:?}"))
 }
 
@@ -78,6 +90,8 @@ pub(super) fn without_rules(cluster: &mut Cluster) -> Result<String> {
     cluster.tunnel_mut().end_redirect(DEADLINE)?;
     let tables = cluster.host("cloud")?.run("nft", &["list", "tables"])?;
     ensure!(!tables.contains("corvid_redirect"), "{tables}");
+    // What it has open would go on: the kernel knows those connections.
+    cluster.start_apiserver(&Egress::Addresses)?;
     let pod = e2e::cluster::pods::name("edge1");
     cluster.kubectl().fails(&[
         "logs",
