@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use aws_lc_rs::hmac;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue,
     ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
@@ -273,6 +274,18 @@ impl Issuer {
     #[must_use]
     pub const fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
+    }
+
+    /// A secret that all who have this authority's key come to, for `purpose` and nothing else.
+    #[must_use]
+    pub fn secret_for(&self, purpose: &str) -> [u8; 32] {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, self.signer.key().serialized_der());
+        let mut secret = [0; 32];
+        let tag = hmac::sign(&key, purpose.as_bytes());
+        for (to, from) in secret.iter_mut().zip(tag.as_ref()) {
+            *to = *from;
+        }
+        secret
     }
 
     /// Signs an agent's leaf: 24 h, client authentication. With `node_uid` it is good for that node of its name alone.

@@ -53,10 +53,10 @@ pub use rustls_pki_types::UnixTime;
 pub use service_token::{ServiceAccountToken, ServiceAccountTokenError};
 pub use store::{MODE_PUBLIC, MODE_SECRET, StoreError, write_atomic};
 pub use tls_config::{
-    ALPN_ENROLL, ALPN_TUNNEL, Own, TlsConfigError, enroll_client, enroll_client_pinned,
+    ALPN_ENROLL, ALPN_PEER, ALPN_TUNNEL, Own, TlsConfigError, enroll_client, enroll_client_pinned,
     enroll_client_trusting, enroll_server, frontend_client, frontend_server,
-    frontend_server_optional, provider, tunnel_client, tunnel_client_quic, tunnel_server,
-    tunnel_server_quic,
+    frontend_server_optional, peer_client, peer_client_quic, peer_server, peer_server_quic,
+    provider, tunnel_client, tunnel_client_quic, tunnel_server, tunnel_server_quic,
 };
 pub use token::{AgentPattern, JoinToken, NoRandomness, PatternError, TokenError, fits};
 pub use token_store::{

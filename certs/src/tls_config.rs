@@ -31,6 +31,8 @@ use crate::verify::{
 
 /// ALPN of the tunnel over QUIC.
 pub const ALPN_TUNNEL: &[u8] = b"corvid/1";
+/// ALPN between servers, over QUIC.
+pub const ALPN_PEER: &[u8] = b"corvid-peer/1";
 /// ALPN of the enrolment (gRPC).
 pub const ALPN_ENROLL: &[u8] = b"h2";
 
@@ -144,6 +146,41 @@ pub fn tunnel_client(own: &Own) -> Result<Arc<ClientConfig>, TlsConfigError> {
 /// As [`tunnel_client`].
 pub fn tunnel_client_quic(own: &Own) -> Result<Arc<QuicClientConfig>, TlsConfigError> {
     Ok(Arc::new(QuicClientConfig::try_from(tunnel_client(own)?)?))
+}
+
+/// The door between servers: servers of ours, nobody else.
+///
+/// # Errors
+/// rustls refuses the configuration.
+pub fn peer_server(own: &Own) -> Result<Arc<ServerConfig>, TlsConfigError> {
+    let verifier = ClientVerifier::ours(own, Role::Server, Presence::Required);
+    let resolver = Arc::new(own.credential.clone());
+    server(own, &[&TLS13], verifier, resolver, &[ALPN_PEER])
+}
+
+/// [`peer_server`] for quinn.
+///
+/// # Errors
+/// As [`peer_server`].
+pub fn peer_server_quic(own: &Own) -> Result<Arc<QuicServerConfig>, TlsConfigError> {
+    Ok(Arc::new(QuicServerConfig::try_from(peer_server(own)?)?))
+}
+
+/// A server's side towards another one: a server of ours, by [`crate::SERVER_SNI`] whatever is dialled.
+///
+/// # Errors
+/// rustls refuses the configuration.
+pub fn peer_client(own: &Own) -> Result<Arc<ClientConfig>, TlsConfigError> {
+    let verifier = Arc::new(ServerVerifier::new(own, ServerName::Fixed));
+    client(&own.clock, verifier, Some(&own.credential), &[ALPN_PEER])
+}
+
+/// [`peer_client`] for quinn; to be used with the server name [`crate::SERVER_SNI`].
+///
+/// # Errors
+/// As [`peer_client`].
+pub fn peer_client_quic(own: &Own) -> Result<Arc<QuicClientConfig>, TlsConfigError> {
+    Ok(Arc::new(QuicClientConfig::try_from(peer_client(own)?)?))
 }
 
 /// A frontend's door: a client certificate is demanded. No ALPN is: kube-apiserver offers none.
@@ -363,6 +400,7 @@ mod tests {
             enroll_server(&own, &revoked, Duration::ZERO),
             frontend_server(&own, &FrontendTrust::Ours),
             frontend_server_optional(&own, &FrontendTrust::Ours),
+            peer_server(&own),
         ];
         for config in servers {
             let config = config.unwrap();

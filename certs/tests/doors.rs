@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use certs::test_ca::{TestCa, TestLeaf, in_seconds};
 use certs::{
-    ALPN_ENROLL, ALPN_TUNNEL, Clock, Credential, FrontendTrust, HandshakeFailure, LiveBundle, Name,
-    OperatorPki, Own, Peer, Revocations, Role, SERVER_SNI, TrustBundle, UnixTime,
+    ALPN_ENROLL, ALPN_PEER, ALPN_TUNNEL, Clock, Credential, FrontendTrust, HandshakeFailure,
+    LiveBundle, Name, OperatorPki, Own, Peer, Revocations, Role, SERVER_SNI, TrustBundle, UnixTime,
 };
 use rustls::client::ResolvesClientCert;
 use rustls::sign::CertifiedKey;
@@ -89,13 +89,15 @@ enum Door {
     Frontend,
     FrontendOptional,
     Enroll,
+    Peer,
 }
 
-const DOORS: [Door; 4] = [
+const DOORS: [Door; 5] = [
     Door::Tunnel,
     Door::Frontend,
     Door::FrontendOptional,
     Door::Enroll,
+    Door::Peer,
 ];
 
 fn door(door: Door, own: &Own, revoked: &Revocations) -> Arc<ServerConfig> {
@@ -104,6 +106,7 @@ fn door(door: Door, own: &Own, revoked: &Revocations) -> Arc<ServerConfig> {
         Door::Frontend => certs::frontend_server(own, &FrontendTrust::Ours),
         Door::FrontendOptional => certs::frontend_server_optional(own, &FrontendTrust::Ours),
         Door::Enroll => certs::enroll_server(own, revoked, GRACE),
+        Door::Peer => certs::peer_server(own),
     }
     .unwrap()
 }
@@ -130,6 +133,7 @@ fn visitor(door: Door, ca: &TestCa, credential: Option<Credential>) -> Arc<Clien
         Door::Tunnel => vec![ALPN_TUNNEL.to_vec()],
         Door::Frontend | Door::FrontendOptional => Vec::new(),
         Door::Enroll => vec![ALPN_ENROLL.to_vec()],
+        Door::Peer => vec![ALPN_PEER.to_vec()],
     };
     if !shown {
         config.client_auth_cert_resolver = Arc::new(NoCertificate);
@@ -156,9 +160,9 @@ async fn at_each_door(
 async fn each_role_opens_its_own_door_and_no_other() {
     let ca = TestCa::new();
     let cases = [
-        (ca.agent("edge1"), [true, false, false, true]),
-        (ca.client("kube"), [false, true, true, false]),
-        (ca.server("s2"), [false; 4]),
+        (ca.agent("edge1"), [true, false, false, true, false]),
+        (ca.client("kube"), [false, true, true, false, false]),
+        (ca.server("s2"), [false, false, false, false, true]),
     ];
     for (credential, opens) in cases {
         let outcomes = at_each_door(&ca, Some(&credential), &Revocations::new()).await;
@@ -181,7 +185,8 @@ async fn each_role_opens_its_own_door_and_no_other() {
 async fn without_a_certificate_only_enrolment_and_the_optional_frontend_open() {
     let ca = TestCa::new();
     let outcomes = at_each_door(&ca, None, &Revocations::new()).await;
-    let [tunnel, frontend, optional, enroll] = outcomes.try_into().unwrap();
+    let [tunnel, frontend, optional, enroll, peer] = outcomes.try_into().unwrap();
+    assert_eq!(peer.refused_by_server(), HandshakeFailure::NoCertificate);
     assert_eq!(tunnel.refused_by_server(), HandshakeFailure::NoCertificate);
     assert_eq!(
         frontend.refused_by_server(),
@@ -194,7 +199,12 @@ async fn without_a_certificate_only_enrolment_and_the_optional_frontend_open() {
 #[tokio::test]
 async fn certificates_of_another_authority_open_nothing() {
     let (ca, foreign) = (TestCa::new(), TestCa::new());
-    for credential in [foreign.agent("edge1"), foreign.client("kube")] {
+    let shown = [
+        foreign.agent("edge1"),
+        foreign.client("kube"),
+        foreign.server("s1"),
+    ];
+    for credential in shown {
         for outcome in at_each_door(&ca, Some(&credential), &Revocations::new()).await {
             assert_eq!(outcome.refused_by_server(), HandshakeFailure::UnknownIssuer);
         }
@@ -205,7 +215,7 @@ async fn certificates_of_another_authority_open_nothing() {
 async fn certificates_of_another_trust_domain_open_nothing() {
     let ca = TestCa::new();
     let leaf = |role| ca.leaf(&TestLeaf::new(role, "x").of_trust_domain("elsewhere"));
-    for credential in [leaf(Role::Agent), leaf(Role::Client)] {
+    for credential in [leaf(Role::Agent), leaf(Role::Client), leaf(Role::Server)] {
         for outcome in at_each_door(&ca, Some(&credential), &Revocations::new()).await {
             assert_eq!(outcome.refused_by_server(), HandshakeFailure::WrongRole);
         }
@@ -217,8 +227,8 @@ async fn an_expired_agent_may_renew_and_nothing_else() {
     let ca = TestCa::new();
     let expired = ca.leaf(&TestLeaf::new(Role::Agent, "edge1").expired(86_400));
     let outcomes = at_each_door(&ca, Some(&expired), &Revocations::new()).await;
-    let [tunnel, frontend, optional, enroll] = outcomes.try_into().unwrap();
-    for outcome in [tunnel, frontend, optional] {
+    let [tunnel, frontend, optional, enroll, peer] = outcomes.try_into().unwrap();
+    for outcome in [tunnel, frontend, optional, peer] {
         assert_eq!(outcome.refused_by_server(), HandshakeFailure::Expired);
     }
     assert_eq!(enroll.accepted().unwrap().identity, *expired.identity());
@@ -284,9 +294,20 @@ async fn a_revoked_agent_is_refused_until_it_is_allowed_again() {
 
 #[tokio::test]
 async fn an_agent_believes_no_server_but_a_genuine_one() {
-    let (ca, foreign) = (TestCa::new(), TestCa::new());
-    let agent = ca.own(ca.agent("edge1"));
-    let client = certs::tunnel_client(&agent).unwrap();
+    let ca = TestCa::new();
+    let client = certs::tunnel_client(&ca.own(ca.agent("edge1"))).unwrap();
+    believes_only_genuine_servers(&ca, Door::Tunnel, &client).await;
+}
+
+#[tokio::test]
+async fn a_server_believes_no_other_server_but_a_genuine_one() {
+    let ca = TestCa::new();
+    let client = certs::peer_client(&ca.own(ca.server("s2"))).unwrap();
+    believes_only_genuine_servers(&ca, Door::Peer, &client).await;
+}
+
+async fn believes_only_genuine_servers(ca: &TestCa, behind: Door, client: &Arc<ClientConfig>) {
+    let foreign = TestCa::new();
     let server = TestLeaf::new(Role::Server, "s1");
     let cases = [
         (foreign.server("s1"), HandshakeFailure::UnknownIssuer),
@@ -313,9 +334,29 @@ async fn an_agent_believes_no_server_but_a_genuine_one() {
         ),
     ];
     for (credential, failure) in cases {
-        let tunnel = door(Door::Tunnel, &ca.own(credential), &Revocations::new());
-        assert_eq!(shake(&tunnel, &client).await.refused_by_client(), failure);
+        let door = door(behind, &ca.own(credential), &Revocations::new());
+        assert_eq!(shake(&door, client).await.refused_by_client(), failure);
     }
+}
+
+#[tokio::test]
+async fn an_expired_server_is_refused_by_other_servers() {
+    let ca = TestCa::new();
+    let peers = door(Door::Peer, &ca.own(ca.server("s1")), &Revocations::new());
+    let expired = ca.leaf(&TestLeaf::new(Role::Server, "s2").expired(60));
+    let client = certs::peer_client(&ca.own(expired)).unwrap();
+    let refused = shake(&peers, &client).await.refused_by_server();
+    assert_eq!(refused, HandshakeFailure::Expired);
+}
+
+#[tokio::test]
+async fn the_tunnels_protocol_is_not_spoken_between_servers() {
+    let ca = TestCa::new();
+    let own = ca.own(ca.server("s1"));
+    let peers = door(Door::Peer, &own, &Revocations::new());
+    let client = certs::tunnel_client(&ca.own(ca.server("s2"))).unwrap();
+    let refused = shake(&peers, &client).await.refused_by_server();
+    assert_eq!(refused, HandshakeFailure::Alpn);
 }
 
 #[tokio::test]
@@ -513,7 +554,7 @@ async fn frontends_speak_tls_1_2_and_our_own_doors_do_not() {
             .await
             .accepted();
     }
-    for each in [Door::Tunnel, Door::Enroll] {
+    for each in [Door::Tunnel, Door::Enroll, Door::Peer] {
         let outcome = shake(&door(each, &own, &Revocations::new()), &old).await;
         assert_eq!(outcome.server.unwrap_err(), HandshakeFailure::Protocol);
     }

@@ -6,7 +6,8 @@
 //! | *holding* | the session ends, the server says GoAway, or the certificate was renewed: then *connecting*, while the old session goes on in its own task (make before break) |
 //! | *parked* | another supervisor has a newer session with the same server, and that one is up |
 //!
-//! A supervisor ends when its address is no longer wanted and it holds no session.
+//! A supervisor ends when its address is no longer wanted and it holds no session. What one address hides, a load
+//! balancer in front of several servers, is the affair of [`crate::seeker`].
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -23,6 +24,7 @@ use crate::backoff::{Backoff, obey};
 use crate::candidate::Candidates;
 use crate::config::BackoffLimits;
 use crate::error::{OpenError, is_hopeless};
+use crate::seeker::Seeker;
 use crate::session::{self, Live, Phase, Terms};
 
 /// How often names are resolved without a cause: finds servers that were added.
@@ -50,6 +52,7 @@ impl Connector {
         let mut wanted = self.candidates.watch();
         let mut running: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
         let mut ticks = interval(RESOLVE_EVERY);
+        tasks.spawn("seeker", Seeker::new(self.clone()).run());
         loop {
             tokio::select! {
                 _ = ticks.tick() => {
@@ -146,7 +149,7 @@ impl Supervisor {
             {
                 return None;
             }
-            match session::open(&self.shared.terms, self.address).await {
+            match session::open(&self.shared.terms, self.address, |_server| false).await {
                 Ok(live) => {
                     self.failing = None;
                     return Some(live);

@@ -222,7 +222,8 @@ impl Enrolment {
         }
     }
 
-    /// Asks each server once, until one gives a certificate or refuses for good.
+    /// Asks each server once, until one gives a certificate: a token is known to the server that made it, and that may be
+    /// any of them.
     pub(crate) async fn join_once(&self) -> Result<Enrolled, JoinError> {
         let Some(join) = &self.join else {
             return Err(JoinError::NoAddress);
@@ -245,9 +246,6 @@ impl Enrolment {
                     return Ok(enrolled);
                 }
                 Err(source) => last = JoinError::Server { server, source },
-            }
-            if last.is_final() {
-                break;
             }
         }
         Err(last)

@@ -200,6 +200,8 @@ pub(crate) enum OpenError {
         claimed: String,
         certified: String,
     },
+    #[error("{address} leads to {server}, which has a session already")]
+    SameServer { address: SocketAddr, server: String },
 }
 
 impl OpenError {
@@ -227,6 +229,7 @@ impl OpenError {
             },
             Self::Peer { .. } => Reason::Tls,
             Self::OtherServer { .. } => Reason::IdentityMismatch,
+            Self::SameServer { .. } => Reason::Replaced,
         }
     }
 
@@ -253,7 +256,8 @@ impl OpenError {
             | Self::Timeout { .. }
             | Self::Control { .. }
             | Self::Peer { .. }
-            | Self::OtherServer { .. } => return None,
+            | Self::OtherServer { .. }
+            | Self::SameServer { .. } => return None,
         };
         match lost {
             SessionError::Tls { alert, .. } => Some(of_alert(*alert).sentence()),
@@ -275,7 +279,8 @@ impl OpenError {
             | Self::Timeout { .. }
             | Self::Control { .. }
             | Self::Peer { .. }
-            | Self::OtherServer { .. } => Duration::ZERO,
+            | Self::OtherServer { .. }
+            | Self::SameServer { .. } => Duration::ZERO,
         }
     }
 }

@@ -27,6 +27,7 @@ mod record;
 mod registry;
 mod reload;
 mod resolve;
+mod seeker;
 mod serve;
 mod session;
 pub mod status;

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use proto::ServerName;
 use tokio::sync::watch;
 
+use crate::seeker::Standing;
 use crate::session::Live;
 
 /// The sessions of this process.
@@ -70,7 +71,17 @@ impl Registry {
         self.sessions.lock().up.values().cloned().collect()
     }
 
-    /// How many sessions are up, as it changes.
+    /// What of all sessions bears on whether another server is sought.
+    pub(crate) fn standings(&self) -> Vec<Standing> {
+        self.all().iter().map(|live| live.standing()).collect()
+    }
+
+    /// Something else of a session has changed than that it is there.
+    pub(crate) fn touch(&self) {
+        self.changed.send_modify(|_count| {});
+    }
+
+    /// How many sessions are up; seen as changed also when one of them has.
     pub(crate) fn watch(&self) -> watch::Receiver<usize> {
         self.changed.subscribe()
     }

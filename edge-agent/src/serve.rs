@@ -6,15 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use daemon::chain;
+use proto::asked::{gone, read_header, refuse, reply};
 use proto::transport::{RecvHalf, SendHalf};
-use proto::wire::{StreamHeader, StreamReply, encode, pb};
-use proto::{
-    Budget, Early, FrameReader, Host, Local, Reason, Relay, RelayEnd, read_frame_within, relay,
-};
+use proto::wire::StreamHeader;
+use proto::{Budget, Early, Host, Local, Reason, Relay, RelayEnd, relay};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Timeouts;
@@ -26,13 +25,6 @@ use crate::policy::Policy;
 use crate::record::Record;
 use crate::resolve::Resolver;
 use crate::session::Live;
-
-/// For the header to arrive (docs/protocol.md section 5).
-const HEADER: Duration = Duration::from_secs(10);
-/// For a reply to leave, and for the server to drop a stream that was refused.
-const REPLY: Duration = Duration::from_secs(10);
-/// Bytes that a server may send before its reply: what is more waits in the transport.
-const EARLY: usize = 64 << 10;
 
 /// What serving a stream needs.
 #[derive(Debug)]
@@ -61,9 +53,7 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
     lost: impl Future<Output = Reason> + Send,
 ) {
     let mut record = Record::new(serving.metrics.clone(), session);
-    let mut reader = FrameReader::new(recv);
-    let read = read_frame_within::<pb::StreamHeader, _>(&mut reader, HEADER).await;
-    let (mut recv, rest) = reader.into_parts();
+    let (read, mut recv, mut early) = read_header(recv).await;
     let header = match read {
         Ok(header) => header,
         Err(error) => {
@@ -73,7 +63,6 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
             return;
         }
     };
-    let mut early = BytesMut::from(rest);
     let reached = match StreamHeader::from_pb(&header) {
         Err(error) => Err((Reason::BadRequest, chain(&error).to_string())),
         Ok(header) => {
@@ -95,7 +84,7 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
     match reached {
         Err((reason, detail)) => {
             record.failed(reason, &detail);
-            refuse(send, recv, (reason, detail)).await;
+            refuse(send, recv, reason, detail).await;
         }
         Ok((mut stream, _permit)) => {
             if let Err(reason) = reply(&mut send, &Ok(())).await {
@@ -122,22 +111,6 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
 
 fn stopping() -> Refusal {
     (Reason::Draining, "the agent is stopping".to_owned())
-}
-
-/// Resolves when the stream is reset. What the server sends meanwhile is kept, up to a limit.
-async fn gone<R: RecvHalf>(recv: &mut R, early: &mut BytesMut) -> Reason {
-    while early.len() < EARLY {
-        let mut chunk = [Bytes::new()];
-        match recv.read_chunks(&mut chunk).await {
-            Ok(Some(_)) => chunk
-                .iter()
-                .for_each(|chunk| early.extend_from_slice(chunk)),
-            // Half-closed before the dial is done: the relay passes it on.
-            Ok(None) => break,
-            Err(error) => return error.reason(),
-        }
-    }
-    std::future::pending().await
 }
 
 /// Policy, then dial.
@@ -232,26 +205,6 @@ async fn run<S: SendHalf, R: RecvHalf>(
         }
     };
     relay(&settings, tunnel, stream, early, stop).await
-}
-
-async fn reply<S: SendHalf>(send: &mut S, reply: &StreamReply) -> Result<(), Reason> {
-    let frame = encode(&pb::StreamReply::from(reply));
-    match timeout(REPLY, send.write_chunk(frame)).await {
-        Ok(wrote) => wrote.map_err(|error| error.reason()),
-        Err(_elapsed) => Err(Reason::Timeout),
-    }
-}
-
-/// Tells why not, and waits until the server has dropped the stream: to drop it here would take the words back.
-async fn refuse<S: SendHalf, R: RecvHalf>(mut send: S, mut recv: R, refusal: Refusal) {
-    if reply(&mut send, &Err(refusal)).await.is_err() || send.finish().is_err() {
-        return;
-    }
-    let dropped = async {
-        let mut chunk = [Bytes::new()];
-        while let Ok(Some(_)) = recv.read_chunks(&mut chunk).await {}
-    };
-    timeout(REPLY, dropped).await.ok(); // a server that keeps it has had its time
 }
 
 #[cfg(test)]

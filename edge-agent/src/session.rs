@@ -8,13 +8,13 @@ mod terms;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use certs::{Own, UnixTime};
 use daemon::Tasks;
 pub(crate) use open::open;
-use proto::control::{Control, ControlHandle, GoAway, Liveness};
+use proto::control::{Control, ControlHandle, GoAway, Heard, Liveness, Quiet};
 use proto::transport::keepalive::{Keepalive, Verdict};
 use proto::transport::quic::{QuicSession, Tuning};
 use proto::transport::{Session, SessionError, SessionStats};
@@ -27,6 +27,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use crate::backoff;
 use crate::metrics::AgentMetrics;
 use crate::registry::Registry;
+use crate::seeker::Standing;
 use crate::serve::{Serving, serve};
 
 /// How long a session may outlive its certificate: long sessions end in peace, stolen keys do not last.
@@ -80,6 +81,8 @@ pub(crate) struct Live {
     /// When the certificate it was opened with ends.
     expires_in: Duration,
     served: AtomicU64,
+    /// How many servers there are, as this one has said last.
+    servers: AtomicU32,
     streams: watch::Sender<usize>,
     phase: watch::Sender<Phase>,
 }
@@ -88,7 +91,7 @@ async fn run(terms: Arc<Terms>, control: Control<QuicSession>, live: Arc<Live>) 
     let _entered = terms.registry.enter(Arc::clone(&live));
     let end = tokio::select! {
         biased;
-        error = control.run(&live.liveness, |away| live.told(away)) => error,
+        error = control.run_with(&live.liveness, |heard| hear(&terms, &live, heard), Quiet) => error,
         never = accept(&terms, &live) => match never {},
         reason = live.left() => {
             live.session.close(reason);
@@ -109,6 +112,16 @@ async fn run(terms: Arc<Terms>, control: Control<QuicSession>, live: Arc<Live>) 
     );
     live.phase
         .send_replace(Phase::Ended(End { reason, useful }));
+}
+
+fn hear(terms: &Terms, live: &Live, heard: Heard) {
+    match heard {
+        Heard::GoAway(away) => live.told(away),
+        Heard::Servers(servers) => live.servers.store(servers, Ordering::Relaxed),
+        // Said between servers.
+        Heard::Announcement(_) => return,
+    }
+    terms.registry.touch();
 }
 
 /// Serves the streams that the server opens, each in a task of its own. The transport bounds how many there are.
@@ -199,6 +212,15 @@ impl Live {
     pub(crate) async fn idle(&self) {
         let mut streams = self.streams.subscribe();
         streams.wait_for(|open| *open == 0).await.ok(); // the sender lives in `self`
+    }
+
+    /// What of it bears on whether another server is sought.
+    pub(crate) fn standing(&self) -> Standing {
+        Standing {
+            server: self.server().clone(),
+            up: *self.phase.borrow() == Phase::Up,
+            servers: self.servers.load(Ordering::Relaxed),
+        }
     }
 
     /// Whether it has shown that its server works for this agent.

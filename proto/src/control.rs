@@ -1,4 +1,5 @@
-//! The control stream of a session: handshake, keepalives, GoAway (docs/protocol.md sections 3, 4 and 6).
+//! The control stream of a session: handshake, keepalives, GoAway (docs/protocol.md sections 3, 4 and 6), and between
+//! servers announcements (section 10).
 //!
 //! State: *dialled* → (hello, ack within [`HANDSHAKE`]) → *running* → *over*. Reading, writing and watching run beside
 //! each other, so that a write that waits for credit on a dead line never hides that the line is dead.
@@ -9,23 +10,25 @@
 //! | no whole frame within the limit | closed with [`Reason::Timeout`] |
 //! | silence for the idle time-out | closed with [`Reason::SessionLost`] |
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+mod liveness;
+mod run;
+
+use std::fmt::Display;
 use std::time::Duration;
 
 use bytes::Bytes;
+pub use liveness::Liveness;
+pub use run::{Heard, Outbox, Quiet};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep};
 
 use crate::framed::{FrameReader, ReadFrameError, read_frame_within};
-use crate::transport::keepalive::{Keepalive, Verdict};
 use crate::transport::{SendHalf, Session, SessionError, StreamError};
 use crate::wire::pb::control_frame::Body;
 use crate::wire::{
     Accepted, HandshakeError, Offer, ServerOffer, answer_hello, check_hello_ack, encode, pb,
     printable,
 };
-use crate::{AgentName, Reason, ServerName, SessionId};
+use crate::{Reason, ServerName, SessionId};
 
 /// Each end's limit for the whole handshake. Ten round trips of the worst satellite line.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -110,53 +113,6 @@ const fn frame(body: Body) -> pb::ControlFrame {
     pb::ControlFrame { body: Some(body) }
 }
 
-/// When the other end was last heard.
-#[derive(Debug)]
-pub struct Liveness {
-    origin: Instant,
-    heard_ms: AtomicU64,
-    frames: AtomicU64,
-    keepalive: Keepalive,
-}
-
-impl Liveness {
-    /// Heard now.
-    #[must_use]
-    pub fn new(keepalive: Keepalive) -> Arc<Self> {
-        Arc::new(Self {
-            origin: Instant::now(),
-            heard_ms: AtomicU64::new(0),
-            frames: AtomicU64::new(0),
-            keepalive,
-        })
-    }
-
-    fn heard(&self) {
-        let now = u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.heard_ms.store(now, Ordering::Relaxed);
-        self.frames.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// For how long nothing was heard.
-    #[must_use]
-    pub fn silence(&self) -> Duration {
-        let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
-        self.origin.elapsed().saturating_sub(heard)
-    }
-
-    /// How many signs of life there were.
-    #[must_use]
-    pub fn frames(&self) -> u64 {
-        self.frames.load(Ordering::Relaxed)
-    }
-
-    /// What that means.
-    #[must_use]
-    pub fn verdict(&self) -> Verdict {
-        self.keepalive.verdict(self.silence())
-    }
-}
-
 /// Sends frames on a running control stream. Clones are handles to the same one.
 #[derive(Debug, Clone)]
 pub struct ControlHandle(mpsc::Sender<Bytes>);
@@ -168,6 +124,12 @@ impl ControlHandle {
         self.0
             .try_send(encode(&pb::ControlFrame::from(away)))
             .is_ok()
+    }
+
+    /// Tells an agent how many servers there are. Says whether there was room; it is told again with the next change.
+    pub fn servers(&self, servers: u32) -> bool {
+        let frame = frame(Body::Servers(pb::Servers { servers }));
+        self.0.try_send(encode(&frame)).is_ok()
     }
 
     /// Asks for a sign of life now; [`Liveness`] shows whether it came.
@@ -200,13 +162,13 @@ impl<S: Session> Control<S> {
         }
     }
 
-    /// The agent's handshake, with its time limit.
+    /// The dialler's handshake, with its time limit.
     ///
     /// # Errors
     /// [`ControlError`]; the session is closed with its reason.
-    pub async fn dial(
+    pub async fn dial<Name: Display + Sync>(
         session: S,
-        ours: &Offer,
+        ours: &Offer<Name>,
     ) -> Result<(Self, Accepted<ServerName>), ControlError> {
         let handshake = async {
             let stream = session.open().await.map_err(ControlError::Session)?;
@@ -220,7 +182,7 @@ impl<S: Session> Control<S> {
         within_handshake(&session, handshake).await
     }
 
-    /// The server's side up to the agent's hello, with its time limit.
+    /// The server's side up to the dialler's hello, with its time limit.
     ///
     /// # Errors
     /// [`ControlError`]; the session is closed with its reason.
@@ -237,7 +199,9 @@ impl<S: Session> Control<S> {
                     Body::HelloAck(_)
                     | Body::Keepalive(_)
                     | Body::KeepaliveAck(_)
-                    | Body::GoAway(_),
+                    | Body::GoAway(_)
+                    | Body::Announce(_)
+                    | Body::Servers(_),
                 )
                 | None => Err(ControlError::Handshake(HandshakeError::Unexpected)),
             }
@@ -248,15 +212,15 @@ impl<S: Session> Control<S> {
     /// The server's answer to a hello: accepted, or refused and closed.
     ///
     /// # Errors
-    /// [`ControlError`]; the agent was told and the session is closed.
-    pub async fn answer(
+    /// [`ControlError`]; the dialler was told and the session is closed.
+    pub async fn answer<Name: Display + Clone + Send + Sync>(
         mut self,
         hello: &pb::Hello,
-        certified: &AgentName,
+        certified: &Name,
         ours: &ServerOffer,
         id: SessionId,
         server_time_ms: i64,
-    ) -> Result<(Self, Accepted<AgentName>), ControlError> {
+    ) -> Result<(Self, Accepted<Name>), ControlError> {
         let session = self.session.clone();
         let (ack, accepted) = match answer_hello(hello, certified, ours, id, server_time_ms) {
             Ok(terms) => terms,
@@ -273,7 +237,7 @@ impl<S: Session> Control<S> {
         within_handshake(&session, answered).await
     }
 
-    /// Tells the agent why not and when to come again, then closes the session.
+    /// Tells the dialler why not and when to come again, then closes the session.
     pub async fn refuse(mut self, reason: Reason, detail: String, retry_after: Duration) {
         let away = GoAway {
             reason,
@@ -285,7 +249,7 @@ impl<S: Session> Control<S> {
         let told = async {
             self.write(&away.into()).await.ok()?; // a peer that is gone needs no words
             self.send.finish().ok()?;
-            // The agent closes once it has read why; a close of ours could overtake the words.
+            // The dialler closes once it has read why; a close of ours could overtake the words.
             Some(session.closed().await)
         };
         tokio::time::timeout(HANDSHAKE, told).await.ok();
@@ -304,38 +268,6 @@ impl<S: Session> Control<S> {
             .await
             .map_err(ControlError::Stream)
     }
-
-    /// Keeps the session alive and says how it ended. `on_go_away` is called for each GoAway of the other end.
-    pub async fn run(
-        self,
-        liveness: &Liveness,
-        on_go_away: impl FnMut(GoAway) + Send,
-    ) -> SessionError {
-        let Self {
-            session,
-            mut send,
-            mut reader,
-            handle,
-            mut outgoing,
-        } = self;
-        liveness.heard();
-        let broken = tokio::select! {
-            biased;
-            error = session.closed() => return error,
-            reason = read_frames(&mut reader, liveness, &handle, on_go_away) => reason,
-            reason = write_frames(&mut send, liveness.keepalive, &mut outgoing) => reason,
-            reason = watch(&session, liveness) => reason,
-        };
-        // The control stream often shows first what ended the whole session.
-        tokio::select! {
-            biased;
-            error = session.closed() => error,
-            () = std::future::ready(()) => {
-                session.close(broken);
-                SessionError::Local(broken)
-            }
-        }
-    }
 }
 
 async fn within_handshake<S: Session, T>(
@@ -349,73 +281,4 @@ async fn within_handshake<S: Session, T>(
         session.close(error.reason());
     }
     done
-}
-
-async fn read_frames<R: crate::transport::RecvHalf>(
-    reader: &mut FrameReader<R>,
-    liveness: &Liveness,
-    outgoing: &mpsc::Sender<Bytes>,
-    mut on_go_away: impl FnMut(GoAway),
-) -> Reason {
-    loop {
-        let frame = match reader.read::<pb::ControlFrame>().await {
-            Ok(Some(frame)) => frame,
-            // The control stream lives as long as the session.
-            Ok(None) => return Reason::Protocol,
-            Err(error) => return error.reason(),
-        };
-        liveness.heard();
-        match frame.body {
-            Some(Body::Keepalive(pb::Keepalive { sequence })) => {
-                let ack = self::frame(Body::KeepaliveAck(pb::KeepaliveAck { sequence }));
-                outgoing.try_send(encode(&ack)).ok(); // full: see OUTGOING
-            }
-            Some(Body::GoAway(away)) => on_go_away(away.into()),
-            // A body of a later version is a sign of life and nothing more.
-            Some(Body::KeepaliveAck(_)) | None => {}
-            Some(Body::Hello(_) | Body::HelloAck(_)) => return Reason::Protocol,
-        }
-    }
-}
-
-async fn write_frames<S: SendHalf>(
-    send: &mut S,
-    keepalive: Keepalive,
-    outgoing: &mut mpsc::Receiver<Bytes>,
-) -> Reason {
-    let mut sequence = 0;
-    let mut due = Instant::now() + keepalive.next(rand::random());
-    loop {
-        let next = tokio::select! {
-            biased;
-            Some(frame) = outgoing.recv() => frame,
-            () = tokio::time::sleep_until(due) => {
-                due = Instant::now() + keepalive.next(rand::random());
-                sequence += 1;
-                encode(&frame(Body::Keepalive(pb::Keepalive { sequence })))
-            }
-        };
-        if let Err(error) = send.write_chunk(next).await {
-            return error.reason();
-        }
-    }
-}
-
-async fn watch<S: Session>(session: &S, liveness: &Liveness) -> Reason {
-    loop {
-        let silence = liveness.silence();
-        match liveness.keepalive.verdict(silence) {
-            Verdict::Healthy => {}
-            Verdict::Suspect => session.nudge(),
-            Verdict::Dead => return Reason::SessionLost,
-        }
-        // A keepalive does not bear on when to look, so none is due.
-        sleep(
-            liveness
-                .keepalive
-                .look_in(silence, Duration::MAX)
-                .max(Duration::from_millis(10)),
-        )
-        .await;
-    }
 }

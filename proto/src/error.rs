@@ -143,6 +143,13 @@ reasons! {
 }
 
 impl Reason {
+    /// Whether a server may give it in a `StreamReply` to another: what an agent may, and what becomes of sessions. It
+    /// does not speak of the requester, whom the other server has let in.
+    #[must_use]
+    pub const fn is_of_server(self) -> bool {
+        self.is_of_agent() || (matches!(self.code(), 1..=31) && !matches!(self, Self::Cancelled))
+    }
+
     /// Whether an agent may give it in a `StreamReply`.
     #[must_use]
     pub const fn is_of_agent(self) -> bool {
@@ -187,6 +194,23 @@ mod tests {
             assert!((400..600).contains(&reason.http_status()));
         }
         assert_eq!(Reason::from_code(1 << 40), Reason::Unspecified);
+    }
+
+    #[test]
+    fn servers_speak_of_sessions_to_each_other_and_agents_do_not() {
+        for reason in [Reason::NoSession, Reason::SessionLost, Reason::Replaced] {
+            assert!(reason.is_of_server() && !reason.is_of_agent(), "{reason}");
+        }
+        for reason in Reason::ALL {
+            assert!(reason.is_of_server() || !reason.is_of_agent(), "{reason}");
+        }
+        for reason in [
+            Reason::Cancelled,
+            Reason::NotAllowed,
+            Reason::Unauthenticated,
+        ] {
+            assert!(!reason.is_of_server(), "{reason}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! This crate knows neither certificates nor Kubernetes, and never looks into the bytes it carries.
 
 mod address;
+pub mod asked;
 mod budget;
 pub mod control;
 mod error;
@@ -20,4 +21,4 @@ pub use budget::{Budget, Stopped};
 pub use error::{Fault, Reason};
 pub use framed::{FrameReader, ReadFrameError, read_frame_within};
 pub use id::{AgentName, Destination, Host, IdError, ServerName, SessionId};
-pub use relay::{Counters, Early, Local, Relay, RelayEnd, relay, session_over};
+pub use relay::{Counters, Early, Local, Relay, RelayEnd, relay, relay_streams, session_over};

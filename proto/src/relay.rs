@@ -1,11 +1,13 @@
-//! Moves bytes between a tunnel stream and a local connection; the same function at both ends of the tunnel, and the
-//! only place that copies bytes.
+//! Moves bytes between a tunnel stream and a local connection, the same function at both ends of the tunnel, or between
+//! two tunnel streams ([`relay_streams`]); the only place that copies bytes.
 //!
 //! * Chunks go from quinn to the socket without a copy of ours (vectored), and from the socket into a buffer that is
 //!   handed over whole. No queue in between: back-pressure is the transport's and the socket's own.
 //! * End of file travels as FIN, each way alone. Anything else resets the stream with a [`Reason`]; the caller then
 //!   makes the local connection end abnormally too.
 //! * One way closed and silence on the other for `half_open` is [`Reason::HalfOpenIdle`].
+
+mod streams;
 
 use std::future::{pending, poll_fn};
 use std::io::{self, IoSlice};
@@ -16,6 +18,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+pub use streams::relay_streams;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep_until};
 
@@ -107,29 +110,14 @@ pub async fn relay<S: SendHalf, R: RecvHalf, I: AsyncRead + AsyncWrite + Unpin +
     let (send, recv) = tunnel;
     let (mut reader, mut writer) = tokio::io::split(local);
     let ended = {
-        let mut up = pin!(into_tunnel(settings, &mut reader, send, early.from_local));
-        let mut down = pin!(out_of_tunnel(
+        let up = pin!(into_tunnel(settings, &mut reader, send, early.from_local));
+        let down = pin!(out_of_tunnel(
             settings,
             recv,
             &mut writer,
             early.from_tunnel
         ));
-        let mut stop = pin!(stop);
-        let (mut up_done, mut down_done) = (false, false);
-        loop {
-            let finished = tokio::select! {
-                biased;
-                reason = &mut stop => Err(reason),
-                end = &mut up, if !up_done => { up_done = true; end }
-                end = &mut down, if !down_done => { down_done = true; end }
-                () = silent(settings, up_done || down_done) => Err(Reason::HalfOpenIdle),
-            };
-            match finished {
-                Err(reason) => break Err(reason),
-                Ok(()) if up_done && down_done => break Ok(()),
-                Ok(()) => {}
-            }
-        }
+        both(settings, up, down, pin!(stop)).await
     };
     match ended {
         Ok(()) => {
@@ -140,6 +128,29 @@ pub async fn relay<S: SendHalf, R: RecvHalf, I: AsyncRead + AsyncWrite + Unpin +
             send.reset(reason);
             recv.reset(reason);
             RelayEnd::Cut(reason)
+        }
+    }
+}
+
+/// Both ways until each has finished, one has failed, or there is another reason to stop. Pinned by the caller: a future
+/// that is handed over takes its memory twice.
+async fn both(
+    settings: &Relay,
+    mut up: Pin<&mut (impl Future<Output = Result<(), Reason>> + Send)>,
+    mut down: Pin<&mut (impl Future<Output = Result<(), Reason>> + Send)>,
+    mut stop: Pin<&mut (impl Future<Output = Reason> + Send)>,
+) -> Result<(), Reason> {
+    let (mut up_done, mut down_done) = (false, false);
+    loop {
+        tokio::select! {
+            biased;
+            reason = &mut stop => return Err(reason),
+            end = &mut up, if !up_done => { end?; up_done = true; }
+            end = &mut down, if !down_done => { end?; down_done = true; }
+            () = silent(settings, up_done || down_done) => return Err(Reason::HalfOpenIdle),
+        }
+        if up_done && down_done {
+            return Ok(());
         }
     }
 }

@@ -1,9 +1,13 @@
 //! Wire messages and how they are framed. Sans-IO: bytes and values in, bytes and values out; no clock.
 
+mod announce;
+mod forward;
 mod frame;
 mod handshake;
 mod header;
 
+pub use announce::{AgentState, AnnounceError, Announcement, Departure, Draft};
+pub use forward::{ForwardError, ForwardHeader};
 pub use frame::{FrameError, MAX_FRAME, decode, encode};
 pub(crate) use handshake::printable;
 pub use handshake::{

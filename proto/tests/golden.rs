@@ -48,10 +48,46 @@ fn hello_ack() {
         capabilities: vec![],
         limits: limits(),
         server_time_ms: 1,
+        servers: 0,
     };
     assert_eq!(
-        control(Body::HelloAck(ack)),
+        control(Body::HelloAck(ack.clone())),
         "18121608011201731a01702201783207088020108080403801"
+    );
+    let ack = pb::HelloAck { servers: 2, ..ack };
+    assert_eq!(
+        control(Body::HelloAck(ack)),
+        "1a121808011201731a017022017832070880201080804038014002"
+    );
+}
+
+#[test]
+fn announce() {
+    let agent = |agent: &str, state, lost_ms, reason| pb::AnnouncedAgent {
+        agent: agent.into(),
+        state,
+        lost_ms,
+        reason,
+    };
+    let announce = pb::Announce {
+        agents: vec![
+            agent("a", 1, 0, 0),
+            agent("b", 2, 300, 17),
+            agent("c", 0, 0, 0),
+        ],
+        complete: true,
+    };
+    assert_eq!(
+        control(Body::Announce(announce)),
+        "1c321a0a050a016110010a0a0a0162100218ac0220110a030a01631001"
+    );
+}
+
+#[test]
+fn servers() {
+    assert_eq!(
+        control(Body::Servers(pb::Servers { servers: 3 })),
+        "043a020803"
     );
 }
 
@@ -84,9 +120,27 @@ fn stream_header() {
         host: "edge1".into(),
         port: 10_250,
         deadline_ms: 10_000,
-        trace: String::new(),
+        ..pb::StreamHeader::default()
     };
     assert_eq!(hex(&header), "0d0a056564676531108a5018904e");
+}
+
+#[test]
+fn stream_header_to_a_peer() {
+    let header = pb::StreamHeader {
+        host: "edge1".into(),
+        port: 10_250,
+        deadline_ms: 10_000,
+        trace: String::new(),
+        hops: 1,
+        agent: "a".into(),
+        node: "n".into(),
+        requester: "uid/0".into(),
+    };
+    assert_eq!(
+        hex(&header),
+        "1c0a056564676531108a5018904e28013201613a016e42057569642f30"
+    );
 }
 
 #[test]

@@ -3,10 +3,10 @@
 mod door;
 mod http;
 mod obtain;
+mod peers;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use daemon::{BindOptions, Drained, Exit, Listen, Listener, LogHandle, Reload, Ta
 use door::Door;
 use http::Ground;
 pub(crate) use obtain::vault;
+use peers::Peering;
 use proto::Budget;
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Endpoint, QuicSession, Tuning};
@@ -34,6 +35,7 @@ use crate::enrolment::Enrolment;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::path::direct;
+use crate::peer::{Peers, SETTLE};
 use crate::registry::Registry;
 use crate::reload::{Reloader, Source, frontend_tls, live};
 use crate::route::RouteTable;
@@ -75,6 +77,10 @@ pub struct Bound {
     pub admin: Vec<Listen>,
     /// Sessions, for tests and the demo.
     pub registry: Registry<QuicSession>,
+    /// Where other servers come in.
+    pub peer_listeners: Vec<SocketAddr>,
+    /// Other servers, for tests.
+    pub peers: Arc<Peers<QuicSession>>,
     config: Config,
     reload: Reload,
     ground: Ground,
@@ -83,6 +89,7 @@ pub struct Bound {
     enrolment: Arc<Enrolment>,
     watch: Option<Watch>,
     publisher: Option<Publisher>,
+    peering: Option<Peering>,
     standing: Option<Arc<Standing>>,
     vault: Option<Vault>,
     reloader: Reloader,
@@ -154,6 +161,13 @@ impl App {
             Some(settings) => Cluster::configured(settings, daemon_metrics),
             None => Cluster::default(),
         };
+        let peers = match &config.peers {
+            Some(_) => Peers::configured(config.has_backend(), daemon_metrics),
+            None => Peers::default(),
+        };
+        let peers = Arc::new(peers);
+        let registry = Registry::default();
+        registry.enrolled(&enrolled);
         let cluster = Arc::new(cluster);
         let source_of_cluster = config.kubernetes.as_ref().map(ClusterSource::new);
         let standing = source_of_cluster.clone().map(|source| {
@@ -172,7 +186,8 @@ impl App {
                 enrolled: ArcSwap::from_pointee(enrolled),
                 cluster,
             }),
-            registry: Registry::default(),
+            registry,
+            peers: Arc::clone(&peers),
             limits: Limits::new(&config.limits),
             metrics,
             budget,
@@ -190,6 +205,7 @@ impl App {
                 software: concat!("proxy-server ", env!("CARGO_PKG_VERSION")).to_owned(),
                 capabilities: Vec::new(),
                 limits: stream_limits(window, tuning.max_streams),
+                servers: 0,
             },
             clock: authority.own.clock.clone(),
             keepalive: Keepalive {
@@ -201,6 +217,7 @@ impl App {
                 ..Keepalive::default()
             },
             sessions_per_agent: config.limits.sessions_per_agent,
+            servers: peers.servers(),
             revoked: authority.revoked.clone(),
             standing: standing.clone(),
             stopping: CancellationToken::new(),
@@ -208,7 +225,7 @@ impl App {
         });
         let tls =
             tunnel_server_quic(&authority.own, &authority.revoked).context("TLS of the tunnel")?;
-        let secret = quic_secret(&config.state_dir)?;
+        let secret = authority.quic_secret();
         let pauses = daemon_metrics.accept_pauses();
         let options = |max_connections| BindOptions {
             max_connections,
@@ -224,6 +241,7 @@ impl App {
             )?);
         }
         let streams = Tasks::new();
+        let peering = Peering::bind(&config, &authority.own, &secret, &backend, &streams)?;
         for useless in config.useless_rules() {
             tracing::warn!("{useless}");
         }
@@ -274,7 +292,10 @@ impl App {
             observe: ground.observe.clone(),
             admin: ground.admin.clone(),
             registry: forwarder.registry.clone(),
+            peer_listeners: peering.as_ref().map(Peering::addresses).unwrap_or_default(),
+            peers,
             reloader: Reloader {
+                named_peers: peering.as_ref().map(|peering| peering.named.clone()),
                 source,
                 running: config.clone(),
                 log,
@@ -290,31 +311,13 @@ impl App {
             enrolment: Arc::new(enrolment),
             watch,
             publisher,
+            peering,
             standing,
             vault,
             streams,
             stop_enrolment,
         })
     }
-}
-
-/// The secret by which a later process knows sessions of this one; made at the first start. A state directory that can't
-/// keep it costs fast recovery after a crash and nothing else.
-fn quic_secret(state_dir: &Path) -> anyhow::Result<[u8; 32]> {
-    let file = state_dir.join("quic.key");
-    match std::fs::read(&file) {
-        Ok(bytes) => match <[u8; 32]>::try_from(bytes) {
-            Ok(secret) => return Ok(secret),
-            Err(_other) => anyhow::bail!("{} does not hold 32 bytes; remove it", file.display()),
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
-    }
-    let secret: [u8; 32] = rand::random();
-    if let Err(error) = certs::write_atomic(&file, &secret, certs::MODE_SECRET) {
-        tracing::warn!(error = %daemon::chain(&error), "could not keep the QUIC secret");
-    }
-    Ok(secret)
 }
 
 /// The mark of direct dials. Asked for by name, it must be possible; else they do without.
@@ -421,6 +424,12 @@ impl Bound {
             let (tasks, stop) = (streams.clone(), stop_requests.clone());
             service.critical("frontend", async move { door.run(&tasks, stop).await });
         }
+        let peering = self.peering.map(|peering| peering.start(&service));
+        // What other servers have is known before this one is called ready.
+        tokio::select! {
+            () = self.peers.settled(SETTLE) => {}
+            () = shutdown.cancelled() => {}
+        }
         drop(starting);
         daemon::sd::ready();
         let watched = [service.clone(), writes.clone()];
@@ -445,9 +454,13 @@ impl Bound {
         );
         let stopping = async {
             backend.go_away(drain.min_delay + drain.grace);
+            peering
+                .iter()
+                .for_each(|p| p.go_away(drain.min_delay + drain.grace));
             sleep(drain.min_delay).await;
             service.stop();
             stop_requests.cancel();
+            peering.iter().for_each(peers::Running::refuse);
             self.stop_enrolment.cancel();
             sleep(drain.grace).await;
         };
@@ -466,6 +479,9 @@ impl Bound {
             }
         }
         backend.close_all();
+        if let Some(peering) = peering {
+            peering.close().await;
+        }
         for endpoint in udp {
             endpoint.flush(FLUSH).await;
         }
@@ -512,6 +528,7 @@ async fn gauges(forwarder: Arc<Forwarder>) -> Infallible {
         let held = i64::try_from(forwarder.budget.held()).unwrap_or(i64::MAX);
         forwarder.metrics.held.set(held);
         forwarder.routing.cluster.export();
+        forwarder.peers.export();
         sleep(GAUGES).await;
     }
 }

@@ -114,6 +114,13 @@ impl Authority {
         Ok(authority)
     }
 
+    /// The secret by which servers of this authority, later processes of this one among them, know each other's sessions.
+    pub(crate) fn quic_secret(&self) -> [u8; 32] {
+        self.issuer
+            .load()
+            .secret_for("quic: connection ids and resets")
+    }
+
     /// Keeps the chain, without its key, where `cert show` finds it.
     fn show(&self) {
         let chain = self.own.credential.load().chain_pem();

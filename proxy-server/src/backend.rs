@@ -10,6 +10,9 @@
 //! | silence for the idle time-out | closed; its streams end with `session_lost` |
 //! | the leaf is over by an hour | closed with `certificate_expired` |
 
+use std::convert::Infallible;
+use std::future::pending;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -22,12 +25,13 @@ use proto::transport::quic::{Endpoint, Incoming, QuicSession};
 use proto::transport::{Session, SessionError};
 use proto::wire::{Limits as StreamLimits, ServerOffer};
 use proto::{AgentName, Reason, SessionId};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Standing, Verdict};
-use crate::limits::Knock;
-use crate::registry::{LiveSession, Lost};
+use crate::limits::{Knock, Limits};
+use crate::registry::{Doubt, LiveSession, Lost};
 use crate::serve::Forwarder;
 
 /// A session may outlive its leaf by this: the agent opens one with the new leaf long before.
@@ -50,6 +54,8 @@ pub struct Backend {
     pub keepalive: Keepalive,
     /// Most sessions of one agent.
     pub sessions_per_agent: usize,
+    /// Servers that agents may go to, as it changes; they are told.
+    pub servers: watch::Receiver<u32>,
     /// Agents that are refused.
     pub revoked: Revocations,
     /// Knows the nodes of certificates, where a cluster is asked.
@@ -63,19 +69,10 @@ pub struct Backend {
 impl Backend {
     /// Accepts until the endpoint is closed.
     pub async fn accept(self: Arc<Self>, endpoint: Endpoint) {
-        while let Some(incoming) = endpoint.accept().await {
-            let permit = match self.forwarder.limits.knock(incoming.is_validated()) {
-                Knock::Enter(permit) => permit,
-                Knock::Retry => {
-                    incoming.retry();
-                    continue;
-                }
-                Knock::Refuse => {
-                    self.forwarder.metrics.refused(Reason::Overloaded);
-                    incoming.refuse();
-                    continue;
-                }
-            };
+        let refused = || self.forwarder.metrics.refused(Reason::Overloaded);
+        while let Some((incoming, permit)) =
+            next_to_enter(&endpoint, &self.forwarder.limits, refused).await
+        {
             let backend = Arc::clone(&self);
             self.tasks.spawn("session", async move {
                 // Boxed, so that a session does not keep what only its handshake needs.
@@ -130,11 +127,14 @@ impl Backend {
                     software,
                     going: AtomicBool::new(false),
                     probed: AtomicBool::new(false),
+                    doubt: Doubt::default(),
                     streams: AtomicUsize::new(0),
                     transport,
                 };
                 Some((Arc::new(session), (control, peer)))
             }
+            // It has a session here, and sought another server.
+            Err(error) if error.reason() == Reason::Replaced => None,
             Err(error) => {
                 refused(
                     error.reason(),
@@ -184,7 +184,12 @@ impl Backend {
         }
         let id = SessionId::random();
         let now = i64::try_from(unix(&self.clock).as_millis()).unwrap_or(i64::MAX);
-        let (control, accepted) = control.answer(&hello, agent, &self.offer, id, now).await?;
+        let servers = *self.servers.borrow();
+        let offer = ServerOffer {
+            servers,
+            ..self.offer.clone()
+        };
+        let (control, accepted) = control.answer(&hello, agent, &offer, id, now).await?;
         Ok((control, accepted.software, id))
     }
 
@@ -208,19 +213,21 @@ impl Backend {
         }
         self.relieve(older);
         let going = Arc::clone(&session);
-        let run = control.run(&session.liveness, move |away| {
+        // Pinned out here: its control stream must not be reset before the session is closed with the reason.
+        let mut run = pin!(control.run(&session.liveness, move |away| {
             // Once: a peer may send as many as it likes.
             if going.going.swap(true, Ordering::Relaxed) {
                 return;
             }
             tracing::info!(agent = %going.agent, session = %going.id, reason = away.reason.label(), detail = away.detail, "the agent goes away");
-        });
+        }));
         let end = tokio::select! {
-            end = run => end,
+            end = &mut run => end,
             reason = self.outlived(&session, &peer) => {
                 session.transport.close(reason);
                 SessionError::Local(reason)
             }
+            never = self.tell_servers(&session) => match never {},
             // Agent-opened streams are reserved (docs/protocol.md section 1).
             Ok(_) = session.transport.accept() => {
                 session.transport.close(Reason::Protocol);
@@ -235,6 +242,18 @@ impl Backend {
             reason,
         });
         tracing::info!(agent = %session.agent, session = %session.id, %remote, reason = reason.label(), "session down");
+    }
+
+    /// Tells the agent how many servers there are, whenever that has changed.
+    async fn tell_servers(&self, session: &LiveSession<QuicSession>) -> Infallible {
+        let mut servers = self.servers.clone();
+        loop {
+            if servers.changed().await.is_err() {
+                return pending().await;
+            }
+            let now = *servers.borrow_and_update();
+            session.control.servers(now);
+        }
     }
 
     /// What a new session means for the older ones of its agent: those that are dead are found out, above the limit the
@@ -257,6 +276,14 @@ impl Backend {
                 });
             }
             self.probe(old);
+        }
+    }
+
+    /// Another server has a newer session of that agent: those here that are dead are found out, as in
+    /// [`Backend::relieve`].
+    pub(crate) fn probe_all(&self, agent: &AgentName) {
+        for session in self.forwarder.registry.of(agent) {
+            self.probe(session);
         }
     }
 
@@ -326,6 +353,26 @@ impl Backend {
     }
 }
 
+/// The next connection that may begin its handshake, and its place among those that do; `None` once the endpoint is
+/// closed. Those for whom there is none are turned away.
+pub(crate) async fn next_to_enter(
+    endpoint: &Endpoint,
+    limits: &Limits,
+    refused: impl Fn(),
+) -> Option<(Incoming, OwnedSemaphorePermit)> {
+    loop {
+        let incoming = endpoint.accept().await?;
+        match limits.knock(incoming.is_validated()) {
+            Knock::Enter(permit) => return Some((incoming, permit)),
+            Knock::Retry => incoming.retry(),
+            Knock::Refuse => {
+                refused();
+                incoming.refuse();
+            }
+        }
+    }
+}
+
 /// What the server accepts from an agent.
 #[must_use]
 pub fn stream_limits(stream_window: u32, max_streams: u32) -> StreamLimits {
@@ -336,7 +383,7 @@ pub fn stream_limits(stream_window: u32, max_streams: u32) -> StreamLimits {
 }
 
 /// From now until the agent is told that its leaf is over, and until its session is closed.
-fn leaf_schedule(now: Duration, not_after: Duration) -> (Duration, Duration) {
+pub(crate) fn leaf_schedule(now: Duration, not_after: Duration) -> (Duration, Duration) {
     let told = not_after.saturating_sub(now);
     (
         told,
@@ -344,7 +391,7 @@ fn leaf_schedule(now: Duration, not_after: Duration) -> (Duration, Duration) {
     )
 }
 
-fn unix(clock: &Clock) -> Duration {
+pub(crate) fn unix(clock: &Clock) -> Duration {
     Duration::from_secs(clock.now().as_secs())
 }
 

@@ -37,10 +37,14 @@ enum Command {
     Run(ConfigArgs),
     /// Read and check the configuration, say what is wrong with it, and exit with 0 or 64.
     CheckConfig(ConfigArgs),
-    /// Show the sessions of agents of the server that runs here, and how fresh its knowledge of the cluster is.
+    /// Show the sessions of the server that runs here, with agents and with other servers, and how fresh its knowledge of
+    /// the cluster is.
     Status(StatusArgs),
     /// Show the nodes that are known, who serves each, and whether it is reached through a session.
     Nodes(StatusArgs),
+    /// Show the other proxy-servers: where each is, whether there is a session with it or why not, and how many agents it has
+    /// announced.
+    Peers(StatusArgs),
     /// Join tokens: with one of them a new agent gets its first certificate.
     #[command(subcommand)]
     Token(TokenCommand),
@@ -318,6 +322,7 @@ pub fn main(cli: Cli) -> Exit {
         },
         Command::Status(args) => commands::finish(commands::status(&args.socket, args.json)),
         Command::Nodes(args) => commands::finish(commands::nodes(&args.socket, args.json)),
+        Command::Peers(args) => commands::finish(commands::peers(&args.socket, args.json)),
         Command::Token(command) => commands::finish(token(command)),
         Command::Agent(AgentCommand::Revoke { state, name }) => {
             commands::finish(commands::agent_revoke(&state, &name))

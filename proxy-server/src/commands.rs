@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::cli::StateArgs;
 use crate::config::{self, Config, Overrides};
 use crate::frontend::credentials;
-use crate::status::{self, ClusterStatus, NodeStatus, SessionStatus};
+use crate::status::{self, ClusterStatus, NodeStatus, PeerStatus, SessionStatus};
 
 /// Prints to standard output.
 pub fn say(text: &str) -> Exit {
@@ -298,7 +298,28 @@ pub fn status(socket: &Path, json: bool) -> anyhow::Result<String> {
         return Ok(serde_json::to_string_pretty(&sessions)?);
     }
     let cluster: ClusterStatus = ask(socket, "/cluster")?;
-    Ok(cluster.lines() + &status::table(&sessions))
+    let peers: Vec<PeerStatus> = ask(socket, "/peers")?;
+    let mut shown = cluster.lines() + &status::table(&sessions);
+    if !peers.is_empty() {
+        shown.push('\n');
+        shown.push_str(&status::peer_table(&peers));
+    }
+    Ok(shown)
+}
+
+/// `peers`
+///
+/// # Errors
+/// No server answers on the socket.
+pub fn peers(socket: &Path, json: bool) -> anyhow::Result<String> {
+    let peers: Vec<PeerStatus> = ask(socket, "/peers")?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&peers)?);
+    }
+    if peers.is_empty() {
+        return Ok("no other proxy-server\n".to_owned());
+    }
+    Ok(status::peer_table(&peers))
 }
 
 /// `nodes`

@@ -10,6 +10,7 @@ mod dns;
 mod enrol;
 mod frontend;
 mod kubernetes;
+mod peers;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub use enrol::Enrol;
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
 pub use kubernetes::{Kubernetes, NAMESPACE, Pool, Selector};
+pub use peers::Peers;
 use proto::AgentName;
 use serde::Deserialize;
 
@@ -54,6 +56,9 @@ pub struct Config {
     /// What the cluster knows of its nodes; without it nothing of Kubernetes is asked.
     #[serde(default)]
     pub kubernetes: Option<Kubernetes>,
+    /// Other proxy-servers beside this one.
+    #[serde(default)]
+    pub peers: Option<Peers>,
     /// Nodes whose agent has another name, or that are asked for by address. They go before what the cluster says.
     #[serde(default)]
     pub routes: Vec<RouteEntry>,
@@ -94,7 +99,7 @@ pub struct Certificate {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Backend {
-    /// QUIC on UDP and enrolment on TCP, at each of these addresses.
+    /// QUIC on UDP and enrolment on TCP, at each of these addresses. None: a server with frontends only.
     pub listen: Vec<SocketAddr>,
     /// Silence after which a session is lost.
     #[serde(with = "humantime_serde")]

@@ -17,6 +17,7 @@ pub mod frontend;
 pub mod limits;
 pub mod metrics;
 pub mod path;
+pub mod peer;
 pub mod record;
 pub mod redirect;
 pub mod registry;

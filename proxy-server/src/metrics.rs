@@ -155,6 +155,87 @@ impl DnsMetrics {
     }
 }
 
+/// Labels of sessions with other servers.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PeerLabels {
+    /// `dialled`, to forward to, or `accepted`, to be asked.
+    pub side: &'static str,
+}
+
+/// What happens between servers; registered only where there are several.
+#[derive(Debug, Clone, Default)]
+pub struct PeerMetrics {
+    /// Addresses of other servers.
+    pub members: Gauge,
+    /// Sessions now.
+    pub sessions: Family<PeerLabels, Gauge>,
+    /// Ended sessions.
+    pub ended: Family<ReasonLabels, Counter>,
+    /// Dials and visitors that did not become a session.
+    pub refused: Family<ReasonLabels, Counter>,
+    /// Agents with a session at another server.
+    pub agents: Gauge,
+    /// Announcements written.
+    pub announced: Counter,
+    /// Announcements read.
+    pub heard: Counter,
+    /// Headers of other servers that were refused.
+    pub bad_headers: Counter,
+    /// Attempts that led to another one.
+    pub retries: Family<ReasonLabels, Counter>,
+}
+
+impl PeerMetrics {
+    /// Registers them.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "peer_members",
+            "Addresses of other servers, as configured or known from Kubernetes",
+            self.members.clone(),
+        );
+        registry.register(
+            "peer_sessions",
+            "Sessions with other servers now, by side",
+            self.sessions.clone(),
+        );
+        registry.register(
+            "peer_sessions_ended",
+            "Ended sessions with other servers, by why",
+            self.ended.clone(),
+        );
+        registry.register(
+            "peer_sessions_refused",
+            "Dials of other servers and visits by them that did not become a session, by why",
+            self.refused.clone(),
+        );
+        registry.register(
+            "peer_agents",
+            "Agents that other servers have announced a session of, each server's counted",
+            self.agents.clone(),
+        );
+        registry.register(
+            "peer_announcements_sent",
+            "Announcements sent to other servers",
+            self.announced.clone(),
+        );
+        registry.register(
+            "peer_announcements_received",
+            "Announcements received from other servers",
+            self.heard.clone(),
+        );
+        registry.register(
+            "peer_headers_refused",
+            "Streams of other servers whose header was garbage, or of another hop count than one",
+            self.bad_headers.clone(),
+        );
+        registry.register(
+            "tunnel_retries",
+            "Attempts to open a stream that made another way be tried, by why",
+            self.retries.clone(),
+        );
+    }
+}
+
 /// The metrics. Clones are handles to the same ones.
 #[derive(Debug, Clone)]
 pub struct Metrics {

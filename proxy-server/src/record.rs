@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::serve::Request;
+use crate::serve::open::Way;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,6 +37,8 @@ pub enum Path {
     None,
     /// Through an agent's session.
     Tunnel,
+    /// Through a session of an agent at another server.
+    Peer,
     /// Dialled from here.
     Direct,
 }
@@ -47,6 +50,7 @@ impl Path {
         match self {
             Self::None => "none",
             Self::Tunnel => "tunnel",
+            Self::Peer => "peer",
             Self::Direct => "direct",
         }
     }
@@ -66,8 +70,10 @@ pub struct StreamRecord {
     pub path: Path,
     /// The node, once routed.
     pub node: String,
-    /// The session, once picked.
+    /// The session, once picked: the agent's, or that with the other server.
     pub session: String,
+    /// The other server, if it goes through one.
+    pub via: String,
     /// What moved.
     pub counters: Arc<Counters>,
     started: Instant,
@@ -90,12 +96,22 @@ impl StreamRecord {
             path: Path::None,
             node: String::new(),
             session: String::new(),
+            via: String::new(),
             counters: Arc::default(),
             started: Instant::now(),
             answered: None,
             outcome: Outcome::Failed(Reason::Cancelled),
             sentence: String::new(),
         }
+    }
+
+    /// The way that is tried now, or that counts in the end.
+    pub(crate) fn tried(&mut self, way: &Way) {
+        self.session = way.id();
+        (self.path, self.via) = match way {
+            Way::Agent(_) => (Path::Tunnel, String::new()),
+            Way::Peer(peer) => (Path::Peer, peer.server.to_string()),
+        };
     }
 
     /// The destination answered.
@@ -134,6 +150,7 @@ impl Drop for StreamRecord {
             node = self.node,
             path = self.path.label(),
             session = self.session,
+            via = self.via,
             reason = self.outcome.label(),
             said = self.sentence,
             to_edge,

@@ -2,18 +2,27 @@
 //!
 //! An agent that reconnects has a new session while the old one is not dead yet. Newer sessions are preferred, suspect
 //! ones and those told to go are used only when there is nothing else, and old ones are kept until they end.
+//!
+//! Other servers are told of what changes: [`Registry::tell`].
 
-use std::collections::{BTreeMap, HashMap};
+mod changes;
+mod rank;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use certs::NodeUid;
+pub use changes::Place;
 use parking_lot::Mutex;
 use proto::control::{ControlHandle, GoAway, Liveness};
 use proto::transport::Session;
 use proto::transport::keepalive::Verdict;
+use proto::wire::{AgentState, Departure, Draft};
 use proto::{AgentName, Reason, SessionId};
+pub use rank::{Doubt, Rank};
+use tokio::sync::watch;
 
 /// One live session and what is known of it.
 #[derive(Debug)]
@@ -40,6 +49,8 @@ pub struct LiveSession<S> {
     pub going: AtomicBool,
     /// A sign of life was asked for and is waited for.
     pub probed: AtomicBool,
+    /// Whether a request has found it silent.
+    pub doubt: Doubt,
     /// Open streams.
     pub streams: AtomicUsize,
 }
@@ -56,13 +67,11 @@ impl<S: Session> LiveSession<S> {
         self.control.go_away(away);
     }
 
-    fn rank(&self) -> u8 {
-        match (self.is_suspect(), self.going.load(Ordering::Relaxed)) {
-            (false, false) => 3,
-            (false, true) => 2,
-            (true, false) => 1,
-            (true, true) => 0,
-        }
+    /// How good it is for the next stream.
+    pub fn rank(&self) -> Rank {
+        let doubted = self.doubt.is_there(|| self.transport.stats().received);
+        let silent = self.is_suspect() || doubted;
+        Rank::of(silent, self.going.load(Ordering::Relaxed))
     }
 }
 
@@ -84,6 +93,17 @@ pub enum Absent {
     Since(Lost),
 }
 
+impl From<Lost> for Departure {
+    fn from(lost: Lost) -> Self {
+        let since = lost.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            // 0 would say that it never had a session.
+            at_ms: i64::try_from(since.as_millis()).unwrap_or(i64::MAX).max(1),
+            reason: lost.reason,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Agent<S> {
     /// Oldest first.
@@ -91,9 +111,38 @@ struct Agent<S> {
     lost: Option<Lost>,
 }
 
+#[derive(Debug)]
+struct Agents<S> {
+    /// Those that have or had a session.
+    seen: HashMap<AgentName, Agent<S>>,
+    /// Those that enrolled here.
+    enrolled: HashSet<AgentName>,
+    changes: changes::Changes,
+}
+
+impl<S> Agents<S> {
+    /// Notes what has become of that agent, to be told to other servers.
+    fn note(&mut self, agent: &AgentName) -> Place {
+        let state = match self.seen.get(agent) {
+            Some(seen) if !seen.sessions.is_empty() => AgentState::Session,
+            Some(seen) => AgentState::Known(seen.lost.map(Departure::from)),
+            None if self.enrolled.contains(agent) => AgentState::Known(None),
+            None => AgentState::Forgotten,
+        };
+        self.changes.note(agent, state)
+    }
+}
+
+#[derive(Debug)]
+struct Inner<S> {
+    agents: Mutex<Agents<S>>,
+    /// The place of the last change.
+    changed: watch::Sender<Place>,
+}
+
 /// Agents and their sessions. Clones are handles to the same one.
 #[derive(Debug)]
-pub struct Registry<S>(Arc<Mutex<HashMap<AgentName, Agent<S>>>>);
+pub struct Registry<S>(Arc<Inner<S>>);
 
 impl<S> Clone for Registry<S> {
     fn clone(&self) -> Self {
@@ -103,22 +152,34 @@ impl<S> Clone for Registry<S> {
 
 impl<S> Default for Registry<S> {
     fn default() -> Self {
-        Self(Arc::default())
+        let agents = Agents {
+            seen: HashMap::new(),
+            enrolled: HashSet::new(),
+            changes: changes::Changes::default(),
+        };
+        Self(Arc::new(Inner {
+            agents: Mutex::new(agents),
+            changed: watch::Sender::new(0),
+        }))
     }
 }
 
 impl<S: Session> Registry<S> {
     /// Adds a session for as long as the guard lives.
     pub fn register(&self, session: Arc<LiveSession<S>>) -> Registration<S> {
-        let mut agents = self.0.lock();
+        let mut agents = self.0.agents.lock();
         let agent = agents
+            .seen
             .entry(session.agent.clone())
             .or_insert_with(|| Agent {
                 sessions: Vec::new(),
                 lost: None,
             });
         agent.sessions.push(Arc::clone(&session));
+        // Told anew with each session: the last to be told is where an agent was last seen to come.
+        let place = agents.note(&session.agent);
         drop(agents);
+        self.changed(place);
         Registration {
             registry: self.clone(),
             session,
@@ -131,8 +192,8 @@ impl<S: Session> Registry<S> {
     /// # Errors
     /// [`Absent`] when the agent has none.
     pub fn pick(&self, agent: &AgentName) -> Result<Arc<LiveSession<S>>, Absent> {
-        let agents = self.0.lock();
-        let Some(agent) = agents.get(agent) else {
+        let agents = self.0.agents.lock();
+        let Some(agent) = agents.seen.get(agent) else {
             return Err(Absent::Never);
         };
         // `max_by_key` returns the last of equals: the newest.
@@ -143,26 +204,27 @@ impl<S: Session> Registry<S> {
 
     /// Whether the agent has or had a session.
     pub fn knows(&self, agent: &AgentName) -> bool {
-        self.0.lock().contains_key(agent)
+        self.0.agents.lock().seen.contains_key(agent)
     }
 
     /// How many agents have or had a session.
     pub fn agents(&self) -> usize {
-        self.0.lock().len()
+        self.0.agents.lock().seen.len()
     }
 
     /// Agents that have or had a session, and whether they have one.
     pub fn names(&self) -> BTreeMap<AgentName, bool> {
-        let agents = self.0.lock();
+        let agents = self.0.agents.lock();
         let open =
             |(name, agent): (&AgentName, &Agent<S>)| (name.clone(), !agent.sessions.is_empty());
-        agents.iter().map(open).collect()
+        agents.seen.iter().map(open).collect()
     }
 
     /// Every session, by agent and age.
     pub fn all(&self) -> Vec<Arc<LiveSession<S>>> {
-        let agents = self.0.lock();
+        let agents = self.0.agents.lock();
         let mut all: Vec<_> = agents
+            .seen
             .values()
             .flat_map(|a| a.sessions.iter().cloned())
             .collect();
@@ -173,8 +235,9 @@ impl<S: Session> Registry<S> {
 
     /// That agent's sessions, oldest first.
     pub fn of(&self, agent: &AgentName) -> Vec<Arc<LiveSession<S>>> {
-        self.0
-            .lock()
+        let agents = self.0.agents.lock();
+        agents
+            .seen
             .get(agent)
             .map(|a| a.sessions.clone())
             .unwrap_or_default()
@@ -182,11 +245,42 @@ impl<S: Session> Registry<S> {
 
     /// How many sessions there are.
     pub fn len(&self) -> usize {
-        self.0
-            .lock()
-            .values()
-            .map(|agent| agent.sessions.len())
-            .sum()
+        let agents = self.0.agents.lock();
+        agents.seen.values().map(|agent| agent.sessions.len()).sum()
+    }
+
+    /// Takes in who has enrolled here.
+    pub fn enrolled(&self, names: &HashSet<AgentName>) {
+        let mut agents = self.0.agents.lock();
+        let unseen = |agent: &&AgentName| !agents.seen.contains_key(*agent);
+        let differ = agents.enrolled.symmetric_difference(names).filter(unseen);
+        let differ: Vec<_> = differ.cloned().collect();
+        agents.enrolled.clone_from(names);
+        let place = differ.iter().map(|agent| agents.note(agent)).max();
+        drop(agents);
+        if let Some(place) = place {
+            self.changed(place);
+        }
+    }
+
+    /// For other servers: fills the draft with what has changed behind `told`, each agent with what it has now. Says how
+    /// far that came, and whether it is all there is.
+    pub fn tell(&self, told: Place, draft: &mut Draft) -> (Place, bool) {
+        self.0.agents.lock().changes.tell(told, draft)
+    }
+
+    /// The place of the last change, as it changes.
+    pub fn watch(&self) -> watch::Receiver<Place> {
+        self.0.changed.subscribe()
+    }
+
+    fn changed(&self, place: Place) {
+        // Two that change at once may come here in the other order.
+        self.0.changed.send_if_modified(|last| {
+            let newer = place > *last;
+            *last = (*last).max(place);
+            newer
+        });
     }
 
     /// Whether there is none.
@@ -212,99 +306,22 @@ impl<S: Session> Registration<S> {
 
 impl<S: Session> Drop for Registration<S> {
     fn drop(&mut self) {
-        let mut agents = self.registry.0.lock();
-        if let Some(agent) = agents.get_mut(&self.session.agent) {
-            agent.sessions.retain(|s| s.id != self.session.id);
-            agent.lost = self.lost.or(agent.lost);
+        let mut agents = self.registry.0.agents.lock();
+        let Some(agent) = agents.seen.get_mut(&self.session.agent) else {
+            return;
+        };
+        agent.sessions.retain(|s| s.id != self.session.id);
+        agent.lost = self.lost.or(agent.lost);
+        if !agent.sessions.is_empty() {
+            return;
         }
+        let place = agents.note(&self.session.agent);
+        drop(agents);
+        self.registry.changed(place);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use proto::control::Control;
-    use proto::transport::keepalive::Keepalive;
-    use proto::transport::memory::{self, MemorySession};
-    use proto::wire::{Limits, Offer};
-
-    use super::*;
-
-    async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, MemorySession) {
-        let (server, client) = memory::pair(1 << 16, 8);
-        let offer = Offer {
-            agent: agent.parse().unwrap(),
-            software: String::new(),
-            capabilities: vec![],
-            limits: Limits {
-                max_streams: 8,
-                stream_window: 1 << 16,
-            },
-            instance: String::new(),
-        };
-        let dial = Control::dial(client.clone(), &offer);
-        let accept = Control::accept(server.clone());
-        // Only the server's handle is wanted, so nobody answers the hello.
-        let (control, _hello) = tokio::select! {
-            accepted = accept => accepted.unwrap(),
-            _ = dial => unreachable!("the dial waits for an answer"),
-        };
-        let session = LiveSession {
-            id: SessionId::random(),
-            agent: agent.parse().unwrap(),
-            node_uid: None,
-            transport: server,
-            kind: "memory",
-            liveness: Liveness::new(Keepalive::default()),
-            control: control.handle(),
-            since: SystemTime::UNIX_EPOCH,
-            software: String::new(),
-            going: AtomicBool::new(false),
-            probed: AtomicBool::new(false),
-            streams: AtomicUsize::new(0),
-        };
-        (Arc::new(session), client)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_newest_healthy_session_is_picked_and_older_ones_are_kept() {
-        let registry = Registry::default();
-        let name = "edge1".parse().unwrap();
-        assert_eq!(registry.pick(&name).unwrap_err(), Absent::Never);
-        let (old, _a) = live("edge1").await;
-        let old_guard = registry.register(Arc::clone(&old));
-        tokio::time::advance(Duration::from_secs(31)).await;
-        assert_eq!(
-            registry.pick(&name).unwrap().id,
-            old.id,
-            "suspect, but the only one"
-        );
-        let (new, _b) = live("edge1").await;
-        let new_guard = registry.register(Arc::clone(&new));
-        assert_eq!(registry.pick(&name).unwrap().id, new.id);
-        let (newest, _c) = live("edge1").await;
-        let newest_guard = registry.register(Arc::clone(&newest));
-        assert_eq!(registry.pick(&name).unwrap().id, newest.id);
-        newest.going.store(true, Ordering::Relaxed);
-        assert_eq!(
-            registry.pick(&name).unwrap().id,
-            new.id,
-            "not the one that goes"
-        );
-        drop(new_guard);
-        assert_eq!(
-            registry.pick(&name).unwrap().id,
-            newest.id,
-            "going before suspect"
-        );
-        drop(newest_guard);
-        let lost = Lost {
-            at: SystemTime::UNIX_EPOCH,
-            reason: Reason::SessionLost,
-        };
-        old_guard.lost(lost);
-        assert_eq!(registry.pick(&name).unwrap_err(), Absent::Since(lost));
-        assert!(registry.knows(&name) && registry.is_empty());
-    }
-}
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

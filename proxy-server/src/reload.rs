@@ -10,7 +10,9 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use certs::{FrontendTrust, OperatorPki, Own, TrustBundle};
 use daemon::{Change, LogHandle, Reload, Watch, WatchOptions};
+use proto::Destination;
 use rustls::ServerConfig;
+use tokio::sync::watch;
 
 use crate::authority::Authority;
 use crate::backend::Backend;
@@ -50,6 +52,8 @@ pub(crate) struct Reloader {
     pub(crate) log: LogHandle,
     pub(crate) authority: Arc<Authority>,
     pub(crate) backend: Arc<Backend>,
+    /// The configured members, where there are peers.
+    pub(crate) named_peers: Option<watch::Sender<Vec<Destination>>>,
     /// In the order of `running.frontends`.
     pub(crate) frontends: Vec<Changeable>,
 }
@@ -204,9 +208,12 @@ impl Reloader {
         }
         let table = RouteTable::new(&new.routes);
         self.backend.forwarder.routing.table.store(Arc::new(table));
+        if let (Some(named), Some(peers)) = (&self.named_peers, &new.peers) {
+            named.send_replace(peers.destinations());
+        }
         if needs_restart(&self.running, &new) {
             tracing::warn!(
-                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes, direct"
+                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes, direct, peers (but for servers)"
             );
         }
         for useless in new.useless_rules() {
@@ -219,11 +226,9 @@ impl Reloader {
     fn refresh(&self) {
         match self.authority.refresh() {
             Ok((revoked, enrolled)) => {
-                self.backend
-                    .forwarder
-                    .routing
-                    .enrolled
-                    .store(Arc::new(enrolled));
+                let forwarder = &self.backend.forwarder;
+                forwarder.registry.enrolled(&enrolled);
+                forwarder.routing.enrolled.store(Arc::new(enrolled));
                 self.backend.end_revoked(&revoked);
             }
             Err(error) => {
@@ -247,6 +252,15 @@ fn needs_restart(old: &Config, new: &Config) -> bool {
         || old.admin != new.admin
         || old.kubernetes != new.kubernetes
         || old.direct != new.direct
+        || unnamed(old.peers.as_ref()) != unnamed(new.peers.as_ref())
+}
+
+/// All of the section but for what is changed in place.
+fn unnamed(peers: Option<&config::Peers>) -> Option<config::Peers> {
+    peers.map(|peers| config::Peers {
+        servers: Vec::new(),
+        ..peers.clone()
+    })
 }
 
 /// A frontend's TLS as a value that can be swapped.

@@ -5,32 +5,33 @@
 //! | permits | none left | overloaded |
 //! | route | two nodes share the address; not at the edge and `refuse` | both names; unknown destination |
 //! | policy | the frontend's rules don't permit it | destination, requester: not allowed |
-//! | pick | no session | node X: no session since …, last error: … |
-//! | open, header | session lost | the next session is tried, as no byte of the request is on its way; else session lost |
+//! | pick | no session, here or at another server | node X: no session since …, last error: … |
+//! | open, header | session lost, or another server lacks it | the next way is tried, as no byte of the request is on its way; else session lost |
+//! | open, header | no sign of life | the next way is tried beside it ([`tunnel`]) |
 //! | open, header | stream reset, garbage | node X: the agent's reason or protocol; not tried again |
 //! | reply | none in time; a reason of the agent | node X: no answer in time; the agent's words |
 //! | relay | any | nothing can be said any more: a reset, the reason in log, metric and the next answer |
 
+pub(crate) mod open;
+pub(crate) mod tunnel;
+
 use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use open::{Ask, Carried, Way};
 use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
 use proto::transport::tcp::{self, TcpRecv, TcpSend};
-use proto::transport::{SendHalf, Session, StreamError};
-use proto::wire::{StreamHeader, StreamReply, encode, pb};
 use proto::{
-    AgentName, Budget, Destination, Early, FrameReader, Local, ReadFrameError, Reason, Relay,
-    RelayEnd, read_frame_within, relay, session_over,
+    AgentName, Budget, Destination, Early, Local, Reason, Relay, RelayEnd, relay, session_over,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tunnel::Reach;
 
 use crate::cluster::Cluster;
 use crate::config::{Elsewhere, Mark, Timeouts};
@@ -39,14 +40,10 @@ use crate::frontend::policy::{Policy, Requester, Target};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::path::direct;
+use crate::peer::Peers;
 use crate::record::{Outcome, Path, StreamRecord};
-use crate::registry::{Absent, LiveSession, Registry};
+use crate::registry::Registry;
 use crate::route::{Route, RouteTable};
-
-/// Sessions of one agent that are tried for a request.
-const TRIES: usize = 3;
-/// The agent's own limit for a dial; asking for more is no use (docs/protocol.md section 5).
-const AGENT_DIAL: Duration = Duration::from_secs(10);
 
 /// What changes while the server runs.
 #[derive(Debug, Default)]
@@ -66,6 +63,8 @@ pub struct Forwarder {
     pub routing: Arc<Routing>,
     /// Who has sessions.
     pub registry: Registry<QuicSession>,
+    /// Who else has sessions.
+    pub peers: Arc<Peers<QuicSession>>,
     /// How much at once.
     pub limits: Limits,
     /// What is counted.
@@ -101,23 +100,6 @@ pub struct Request {
 enum Halves {
     Tunnel(Carried, QuicSend, QuicRecv),
     Direct(TcpSend, TcpRecv),
-}
-
-/// Counts a stream on its session.
-#[derive(Debug)]
-struct Carried(Arc<LiveSession<QuicSession>>);
-
-impl Carried {
-    fn new(session: &Arc<LiveSession<QuicSession>>) -> Self {
-        session.streams.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(session))
-    }
-}
-
-impl Drop for Carried {
-    fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// A stream that the destination has accepted, before its first byte.
@@ -192,10 +174,16 @@ impl Forwarder {
     /// # Errors
     /// As [`RouteTable::route`].
     pub fn route(&self, destination: &Destination) -> Result<Route, Refusal> {
-        let enrolled = self.routing.enrolled.load();
-        let known = |agent: &AgentName| enrolled.contains(agent) || self.registry.knows(agent);
+        let known = |agent: &AgentName| self.knows(agent);
         let (table, cluster) = (self.routing.table.load(), self.routing.cluster.table());
         table.route(destination, &cluster, known)
+    }
+
+    /// Whether there is such an agent: it enrolled here, or has or had a session, here or at another server.
+    pub fn knows(&self, agent: &AgentName) -> bool {
+        self.routing.enrolled.load().contains(agent)
+            || self.registry.knows(agent)
+            || self.peers.knows(agent)
     }
 
     /// Routes a request and decides about it; `node` is set once it is routed to one.
@@ -253,14 +241,21 @@ impl Forwarder {
                 record.path = Path::Tunnel;
                 record.node.clone_from(&node);
                 let host = dialled.unwrap_or_else(|| destination.host.clone());
-                let dialled = Destination {
-                    host,
-                    port: destination.port,
+                let ask = Ask {
+                    agent,
+                    node,
+                    destination: Destination {
+                        host,
+                        port: destination.port,
+                    },
+                    requester: request.requester.words(),
+                    deadline,
                 };
-                let (halves, early) = self
-                    .through_tunnel(&agent, &node, &dialled, deadline, record)
-                    .await?;
-                Ok((halves, early, permit))
+                let tried = |way: &Way| record.tried(way);
+                let stream = self.tunnel(&ask, Reach::Anywhere, tried).await;
+                let stream = stream.map_err(|failure| failure.refusal(&ask))?;
+                let halves = Halves::Tunnel(stream.carried, stream.send, stream.recv);
+                Ok((halves, stream.early, permit))
             }
             Route::Elsewhere => {
                 record.path = Path::Direct;
@@ -269,147 +264,6 @@ impl Forwarder {
                 let (send, recv) = tcp::halves(stream);
                 Ok((Halves::Direct(send, recv), Bytes::new(), permit))
             }
-        }
-    }
-
-    async fn through_tunnel(
-        &self,
-        agent: &AgentName,
-        node: &str,
-        destination: &Destination,
-        deadline: Instant,
-        record: &mut StreamRecord,
-    ) -> Result<(Halves, Bytes), Refusal> {
-        let mut tried = Vec::new();
-        let mut last = None;
-        while tried.len() < TRIES {
-            let session = match self.registry.pick(agent) {
-                Ok(session) => session,
-                Err(absent) => return Err(last.unwrap_or_else(|| no_session(agent, node, absent))),
-            };
-            // The registry forgets a lost session a moment after it is lost.
-            if tried.contains(&session.id) {
-                break;
-            }
-            tried.push(session.id);
-            record.session = session.id.to_string();
-            match open_on(&session, node, destination, deadline).await {
-                Ok(opened) => return Ok(opened),
-                Err(Attempt::Final(refusal)) => return Err(refusal),
-                Err(Attempt::Lost(refusal)) => last = Some(refusal),
-            }
-        }
-        Err(last.unwrap_or_else(|| no_session(agent, node, Absent::Never)))
-    }
-}
-
-/// How an attempt on one session failed.
-enum Attempt {
-    /// Another session would not help.
-    Final(Refusal),
-    /// The session is lost; nothing of the request was sent.
-    Lost(Refusal),
-}
-
-fn no_session(agent: &AgentName, node: &str, absent: Absent) -> Refusal {
-    let subject = subject(agent, node);
-    let reason = Reason::NoSession;
-    let sentence = match absent {
-        Absent::Never => format!("{subject}: no session since this server started"),
-        Absent::Since(lost) => format!(
-            "{subject}: no session since {}, last error: {}",
-            clock_time(lost.at),
-            lost.reason.sentence()
-        ),
-    };
-    Refusal { reason, sentence }
-}
-
-fn subject(agent: &AgentName, node: &str) -> String {
-    if agent.as_str() == node {
-        format!("node {node}")
-    } else {
-        format!("node {node} (agent {agent})")
-    }
-}
-
-/// UTC, to the second.
-fn clock_time(at: SystemTime) -> String {
-    jiff::Timestamp::try_from(at)
-        .map(|t| t.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
-        .unwrap_or_default()
-}
-
-async fn open_on(
-    session: &Arc<LiveSession<QuicSession>>,
-    node: &str,
-    destination: &Destination,
-    deadline: Instant,
-) -> Result<(Halves, Bytes), Attempt> {
-    let subject = subject(&session.agent, node);
-    let silent = || {
-        let silence = session.liveness.silence().as_secs();
-        let detail = format!("the agent was last heard {silence} s ago");
-        Attempt::Final(Refusal::detailed(&subject, Reason::Timeout, &detail))
-    };
-    let ended = |error: StreamError| {
-        // Only a requester cancels; an agent owes a reply to each header.
-        let reason = Some(error.reason()).filter(|reason| *reason != Reason::Cancelled);
-        let reason = reason.unwrap_or(Reason::Protocol);
-        let refusal = Refusal::detailed(&subject, reason, &error.to_string());
-        match error {
-            StreamError::Session(_) => Attempt::Lost(refusal),
-            StreamError::Reset(_) => Attempt::Final(refusal),
-        }
-    };
-    let carried = Carried::new(session);
-    let opened = timeout_at(deadline, session.transport.open())
-        .await
-        .map_err(|_late| silent())?;
-    let (mut send, recv) = opened.map_err(|e| ended(StreamError::Session(e)))?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    let header = StreamHeader {
-        destination: destination.clone(),
-        deadline: left.min(AGENT_DIAL),
-        trace: String::new(),
-    };
-    let mut reader = FrameReader::new(recv);
-    let exchange = async {
-        send.write_chunk(encode(&header.to_pb()))
-            .await
-            .map_err(ended)?;
-        read_frame_within::<pb::StreamReply, _>(&mut reader, left)
-            .await
-            .map_err(|error| match error {
-                ReadFrameError::Stream(error) => ended(error),
-                ReadFrameError::Timeout(_) => silent(),
-                ReadFrameError::Frame(error) => {
-                    let refusal = Refusal::detailed(&subject, Reason::Protocol, &error.to_string());
-                    Attempt::Final(refusal)
-                }
-            })
-    };
-    let reply = timeout_at(deadline, exchange)
-        .await
-        .map_err(|_late| silent())??;
-    match StreamReply::from(&reply) {
-        Ok(()) => {
-            let (recv, early) = reader.into_parts();
-            Ok((Halves::Tunnel(carried, send, recv), early))
-        }
-        Err((reason, detail)) => {
-            // An agent speaks of its dial and of itself, not of the requester's credentials.
-            let reason = if reason.is_of_agent() {
-                reason
-            } else {
-                Reason::Protocol
-            };
-            let detail = if detail.is_empty() {
-                String::new()
-            } else {
-                format!("{destination}: {detail}")
-            };
-            Err(Attempt::Final(Refusal::detailed(&subject, reason, &detail)))
         }
     }
 }
@@ -450,13 +304,13 @@ impl Opened {
             from_local: from_requester,
             from_tunnel,
         };
-        let session = match &halves {
-            Halves::Tunnel(carried, ..) => Some(Arc::clone(&carried.0)),
+        let way = match &halves {
+            Halves::Tunnel(carried, ..) => Some(carried.0.clone()),
             Halves::Direct(..) => None,
         };
         let lost = async {
-            match &session {
-                Some(session) => session_over(&session.transport).await,
+            match &way {
+                Some(way) => session_over(way.transport()).await,
                 None => pending().await,
             }
         };

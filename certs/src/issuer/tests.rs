@@ -37,6 +37,17 @@ fn the_root_is_made_once_and_its_key_is_0600() {
 }
 
 #[test]
+fn a_secret_is_the_same_for_all_who_have_the_key_and_another_for_each_purpose() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, again) = (authority(dir.path()), authority(dir.path()));
+    let secret = first.secret_for("a");
+    assert_eq!(secret, again.secret_for("a"));
+    assert_ne!(secret, first.secret_for("b"));
+    assert_ne!(secret, authority(other.path()).secret_for("a"));
+    assert_ne!(secret, [0; 32]);
+}
+
+#[test]
 fn processes_that_start_at_once_make_one_root() {
     let dir = tempfile::tempdir().unwrap();
     let pins: Vec<Pin> = std::thread::scope(|scope| {

@@ -4,7 +4,9 @@ use certs::Clock;
 use daemon::{Metrics, Tasks};
 use proto::transport::memory::{self, MemoryRecv, MemorySession};
 use proto::transport::{Session as _, StreamError};
+use proto::wire::encode;
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 
 use super::*;
 use crate::enroll::Expiry;

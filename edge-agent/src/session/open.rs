@@ -2,14 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use certs::{Own, SERVER_SNI, UnixTime};
-use proto::Reason;
 use proto::control::{Control, HANDSHAKE, Liveness};
 use proto::transport::Session;
 use proto::transport::quic::Endpoint;
+use proto::{Reason, ServerName};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
@@ -19,8 +19,13 @@ use crate::error::OpenError;
 /// A server's time that differs by more is worth a warning.
 const SKEW_WARNING: u64 = 60;
 
-/// Opens a session with the server at `address` and runs it in a task of its own.
-pub(crate) async fn open(terms: &Arc<Terms>, address: SocketAddr) -> Result<Arc<Live>, OpenError> {
+/// Opens a session with the server at `address` and runs it in a task of its own, unless the server turns out to be one
+/// that `held` says is not wanted.
+pub(crate) async fn open(
+    terms: &Arc<Terms>,
+    address: SocketAddr,
+    held: impl Fn(&ServerName) -> bool,
+) -> Result<Arc<Live>, OpenError> {
     let expires = terms.own.credential.load().not_after();
     let dial = Endpoint::dial(address, SERVER_SNI, Arc::clone(&terms.tls), terms.tuning);
     let session = timeout(HANDSHAKE, dial)
@@ -32,6 +37,13 @@ pub(crate) async fn open(terms: &Arc<Terms>, address: SocketAddr) -> Result<Arc<
         .map_err(|source| OpenError::Quic { address, source })?;
     let server = certs::peer(&session.peer_certificates())
         .map_err(|source| OpenError::Peer { address, source })?;
+    let name = server.identity.name.as_str();
+    if name.parse().is_ok_and(|name| held(&name)) {
+        session.close(Reason::Replaced);
+        session.flush(HANDSHAKE).await;
+        let server = name.to_owned();
+        return Err(OpenError::SameServer { address, server });
+    }
     let (control, accepted) = Control::dial(session.clone(), &terms.offer)
         .await
         .map_err(|source| OpenError::Control { address, source })?;
@@ -47,6 +59,7 @@ pub(crate) async fn open(terms: &Arc<Terms>, address: SocketAddr) -> Result<Arc<
     observe_time(&terms.own, accepted.server_time_ms, &server);
     let now = terms.own.clock.now();
     let live = Arc::new(Live {
+        servers: AtomicU32::new(accepted.servers),
         control: control.handle(),
         liveness: Liveness::new(terms.keepalive),
         accepted,

@@ -13,6 +13,7 @@ mod enrol;
 mod harness;
 mod limits;
 mod reload;
+mod seek;
 mod sessions;
 mod stop;
 mod streams;

@@ -1,5 +1,6 @@
 //! `Hello` and `HelloAck` as decisions over values (docs/protocol.md section 3).
 
+use std::fmt::Display;
 use std::ops::RangeInclusive;
 
 use crate::wire::pb;
@@ -22,8 +23,8 @@ pub enum HandshakeError {
         /// The highest that the other end speaks.
         theirs: u32,
     },
-    /// The agent's hello has another name than its certificate.
-    #[error("the agent calls itself {claimed:?} but its certificate says {certified:?}")]
+    /// The hello has another name than the certificate of whoever sent it.
+    #[error("the other end calls itself {claimed:?} but its certificate says {certified:?}")]
     Identity {
         /// What the hello says.
         claimed: String,
@@ -70,11 +71,11 @@ pub struct Limits {
 /// Optional abilities that both ends named.
 pub type Capabilities = Vec<String>;
 
-/// What an agent says of itself.
+/// What whoever dials says of itself: an agent, or between servers a server.
 #[derive(Debug, Clone)]
-pub struct Offer {
+pub struct Offer<Name = AgentName> {
     /// The name in its certificate.
-    pub agent: AgentName,
+    pub agent: Name,
     /// Name and version of the software.
     pub software: String,
     /// What it can do beyond version 1.
@@ -85,7 +86,7 @@ pub struct Offer {
     pub instance: String,
 }
 
-impl Offer {
+impl<Name: Display> Offer<Name> {
     /// The message.
     #[must_use]
     pub fn to_pb(&self) -> pb::Hello {
@@ -112,9 +113,11 @@ pub struct ServerOffer {
     pub capabilities: Capabilities,
     /// What it accepts.
     pub limits: Limits,
+    /// Servers where agents may go, this one included; 0 if that is not known.
+    pub servers: u32,
 }
 
-/// What both ends agreed on. At the server `peer` is the agent's name, at the agent the server's.
+/// What both ends agreed on. At the server `peer` is the dialler's name, at the dialler the server's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accepted<Peer> {
     /// Who is at the other end.
@@ -131,6 +134,8 @@ pub struct Accepted<Peer> {
     pub session: String,
     /// Unix milliseconds at the server; 0 at the server's own side.
     pub server_time_ms: i64,
+    /// Servers where agents may go; 0 if not known, and at the server's own side.
+    pub servers: u32,
 }
 
 const fn limits_to_pb(limits: Limits) -> pb::Limits {
@@ -169,18 +174,18 @@ pub(crate) fn printable(text: &str, most: usize) -> String {
         .collect()
 }
 
-/// The server's side: `certified` is the name in the agent's certificate.
+/// The server's side: `certified` is the name in the dialler's certificate.
 ///
 /// # Errors
 /// [`HandshakeError`]; its reason goes back in a `GoAway`.
-pub fn answer_hello(
+pub fn answer_hello<Name: Display + Clone>(
     hello: &pb::Hello,
-    certified: &AgentName,
+    certified: &Name,
     ours: &ServerOffer,
     session: SessionId,
     server_time_ms: i64,
-) -> Result<(pb::HelloAck, Accepted<AgentName>), HandshakeError> {
-    if hello.agent != certified.as_str() {
+) -> Result<(pb::HelloAck, Accepted<Name>), HandshakeError> {
+    if hello.agent != certified.to_string() {
         return Err(HandshakeError::Identity {
             claimed: printable(&hello.agent, 80),
             certified: certified.to_string(),
@@ -201,6 +206,7 @@ pub fn answer_hello(
         capabilities: capabilities.clone(),
         limits: Some(limits_to_pb(ours.limits)),
         server_time_ms,
+        servers: ours.servers,
     };
     let accepted = Accepted {
         peer: certified.clone(),
@@ -210,17 +216,18 @@ pub fn answer_hello(
         limits: limits_from_pb(hello.limits.as_ref()),
         session: session.to_string(),
         server_time_ms: 0,
+        servers: 0,
     };
     Ok((ack, accepted))
 }
 
-/// The agent's side: what came back after `ours`.
+/// The dialler's side: what came back after `ours`.
 ///
 /// # Errors
 /// [`HandshakeError`]; a `GoAway` is [`HandshakeError::Refused`].
-pub fn check_hello_ack(
+pub fn check_hello_ack<Name>(
     frame: pb::ControlFrame,
-    ours: &Offer,
+    ours: &Offer<Name>,
 ) -> Result<Accepted<ServerName>, HandshakeError> {
     use pb::control_frame::Body;
     let ack = match frame.body {
@@ -232,7 +239,14 @@ pub fn check_hello_ack(
                 retry_after_ms: away.retry_after_ms,
             });
         }
-        Some(Body::Hello(_) | Body::Keepalive(_) | Body::KeepaliveAck(_)) | None => {
+        Some(
+            Body::Hello(_)
+            | Body::Keepalive(_)
+            | Body::KeepaliveAck(_)
+            | Body::Announce(_)
+            | Body::Servers(_),
+        )
+        | None => {
             return Err(HandshakeError::Unexpected);
         }
     };
@@ -249,6 +263,7 @@ pub fn check_hello_ack(
         limits: limits_from_pb(ack.limits.as_ref()),
         session: printable(&ack.session, 40),
         server_time_ms: ack.server_time_ms,
+        servers: ack.servers,
     })
 }
 
@@ -278,6 +293,7 @@ mod tests {
                 max_streams: 16,
                 stream_window: 1 << 20,
             },
+            servers: 2,
         }
     }
 
@@ -289,7 +305,7 @@ mod tests {
 
     #[test]
     fn both_ends_come_to_the_same_terms() {
-        let name = "edge1".parse().unwrap();
+        let name: AgentName = "edge1".parse().unwrap();
         let (ack, at_server) =
             answer_hello(&offer().to_pb(), &name, &server(), SessionId::random(), 7).unwrap();
         let at_agent = check_hello_ack(ack_frame(ack), &offer()).unwrap();
@@ -298,21 +314,45 @@ mod tests {
             (&at_server.capabilities, &at_agent.capabilities),
             (&vec!["b".into()], &vec!["b".into()])
         );
-        assert_eq!(at_agent.server_time_ms, 7);
+        assert_eq!((at_agent.server_time_ms, at_agent.servers), (7, 2));
         assert_eq!(at_server.limits.max_streams, 4096);
         assert_eq!(at_server.session, at_agent.session);
     }
 
     #[test]
+    fn a_server_is_greeted_by_the_same_rules_under_its_own_name() {
+        let certified: ServerName = "proxy-2".parse().unwrap();
+        let hello = |name: &str| {
+            let offer = Offer {
+                agent: name.parse::<ServerName>().unwrap(),
+                software: String::new(),
+                capabilities: vec![],
+                limits: offer().limits,
+                instance: String::new(),
+            };
+            answer_hello(
+                &offer.to_pb(),
+                &certified,
+                &server(),
+                SessionId::random(),
+                0,
+            )
+        };
+        assert_eq!(hello("proxy-2").unwrap().1.peer, certified);
+        let refused = hello("proxy-3").unwrap_err();
+        assert_eq!(refused.reason(), Reason::IdentityMismatch);
+    }
+
+    #[test]
     fn an_agent_that_claims_another_name_is_refused() {
-        let other = "edge2".parse().unwrap();
+        let other: AgentName = "edge2".parse().unwrap();
         let refused = answer_hello(&offer().to_pb(), &other, &server(), SessionId::random(), 0);
         assert_eq!(refused.unwrap_err().reason(), Reason::IdentityMismatch);
     }
 
     #[test]
     fn a_newer_agent_is_answered_with_the_highest_common_version() {
-        let name = "edge1".parse().unwrap();
+        let name: AgentName = "edge1".parse().unwrap();
         for (min, max, fits) in [
             (1, 9, true),
             (2, 9, false),

@@ -43,6 +43,7 @@ impl StreamHeader {
             port: self.destination.port.into(),
             deadline_ms: u32::try_from(self.deadline.as_millis()).unwrap_or(u32::MAX),
             trace: self.trace.clone(),
+            ..pb::StreamHeader::default()
         }
     }
 

@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
+    clippy::panic,
     reason = "a test fails by panicking"
 )]
 
@@ -11,15 +12,16 @@ mod line;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use proto::Reason;
-use proto::control::{Control, ControlError, GoAway, Liveness};
+use proto::control::{Control, ControlError, GoAway, Heard, Liveness, Outbox, Quiet};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Congestion, Endpoint, QuicError, QuicSession, Tuning};
 use proto::transport::{RecvHalf, SendHalf, Session, SessionError, StreamError, memory};
-use proto::wire::{Limits, Offer, ServerOffer};
+use proto::wire::{AgentState, Announcement, Draft, Limits, Offer, ServerOffer, encode};
+use proto::{AgentName, Reason};
 use rustls_pki_types::PrivatePkcs8KeyDer;
 
 /// Larger than any wait that succeeds, so that a hang is a failure.
@@ -315,13 +317,14 @@ fn server_offer() -> ServerOffer {
             max_streams: 16,
             stream_window: WINDOW.into(),
         },
+        servers: 3,
     }
 }
 
 async fn serve_hello<S: Session>(server: S, certified: &str) -> Result<Control<S>, ControlError> {
     let (control, hello) = Control::accept(server).await?;
     let id = proto::SessionId::random();
-    let name = certified.parse().unwrap();
+    let name: AgentName = certified.parse().unwrap();
     Ok(control
         .answer(&hello, &name, &server_offer(), id, 42)
         .await?
@@ -337,6 +340,7 @@ async fn a_go_away_arrives_and_streams_go_on<T: Transport>() {
     );
     let (at_server, (at_agent, terms)) = (accepted.unwrap(), dialled.unwrap());
     assert_eq!((terms.peer.as_str(), terms.server_time_ms), ("proxy", 42));
+    assert_eq!(terms.servers, 3);
     let away = GoAway {
         reason: Reason::Draining,
         deadline: Duration::from_secs(30),
@@ -362,6 +366,109 @@ async fn a_go_away_arrives_and_streams_go_on<T: Transport>() {
         work
     );
     assert_eq!(end, SessionError::Peer(Reason::Draining));
+}
+
+/// Says of one agent after the other that it has a session, up to a limit, and counts how often it was asked.
+struct Announcer {
+    asked: Arc<AtomicU32>,
+    most: u32,
+}
+
+impl Outbox for Announcer {
+    async fn next(&mut self) -> Bytes {
+        let count = self.asked.load(Ordering::Relaxed);
+        if count >= self.most {
+            return std::future::pending().await;
+        }
+        self.asked.store(count + 1, Ordering::Relaxed);
+        let mut draft = Draft::default();
+        let mut filler = 0;
+        while draft.push(
+            &format!("agent-{count}-{filler}").parse().unwrap(),
+            AgentState::Session,
+        ) {
+            filler += 1;
+        }
+        encode(&draft.finish(count + 1 == self.most))
+    }
+}
+
+async fn what_a_server_has_to_say_arrives<T: Transport>() {
+    let (server, dialler, _keep) = T::pair(DEADLINE).await;
+    let ours = offer();
+    let (accepted, dialled) = tokio::join!(
+        serve_hello(server.clone(), "edge1"),
+        Control::dial(dialler.clone(), &ours)
+    );
+    let (at_server, (at_dialler, _terms)) = (accepted.unwrap(), dialled.unwrap());
+    let live = || Liveness::new(Keepalive::default());
+    let announcer = Announcer {
+        asked: Arc::default(),
+        most: 20,
+    };
+    assert!(at_server.handle().servers(7));
+    let (mut names, mut counts) = (Vec::new(), Vec::new());
+    let closing = server.clone();
+    let (live_a, live_b) = (live(), live());
+    let (_, end) = tokio::join!(
+        at_server.run_with(&live_a, |_| (), announcer),
+        at_dialler.run_with(
+            &live_b,
+            |heard| match heard {
+                Heard::Announcement(Announcement { agents, complete }) => {
+                    names.extend(agents);
+                    if complete {
+                        closing.close(Reason::Draining);
+                    }
+                }
+                Heard::Servers(servers) => counts.push(servers),
+                Heard::GoAway(away) => panic!("{away:?}"),
+            },
+            Quiet
+        ),
+    );
+    assert_eq!(end, SessionError::Peer(Reason::Draining));
+    assert_eq!(counts, [7]);
+    let told = names.iter().filter(|(name, state)| {
+        name.as_str().starts_with("agent-") && *state == AgentState::Session
+    });
+    assert!(told.count() == names.len() && names.len() > 1000);
+}
+
+async fn a_peer_that_reads_nothing_is_told_no_more_than_it_takes<T: Transport>() {
+    let (server, dialler, _keep) = T::pair(DEADLINE).await;
+    let ours = offer();
+    let (accepted, dialled) = tokio::join!(
+        serve_hello(server.clone(), "edge1"),
+        Control::dial(dialler.clone(), &ours)
+    );
+    let (at_server, _never_read) = (accepted.unwrap(), dialled.unwrap());
+    let asked = Arc::new(AtomicU32::new(0));
+    let announcer = Announcer {
+        asked: Arc::clone(&asked),
+        most: u32::MAX,
+    };
+    let live = Liveness::new(Keepalive::default());
+    let settled = async {
+        // Until nothing more was asked for in a while.
+        let mut before = u32::MAX;
+        while asked.load(Ordering::Relaxed) != before {
+            before = asked.load(Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        before
+    };
+    let run = at_server.run_with(&live, |_| (), announcer);
+    let asked = tokio::select! {
+        asked = settled => asked,
+        end = run => panic!("{end}"),
+    };
+    // What the window and the line take, and one that waits.
+    assert!((1..=2 * WINDOW / 4000).contains(&asked), "{asked} frames");
+    // Nothing else is held back by it.
+    let ((mut send, _r), (_s, mut recv)) = stream(&server, &dialler).await;
+    send.finish().unwrap();
+    assert_eq!(read_to_end(&mut recv).await.unwrap(), b"");
 }
 
 async fn an_agent_of_another_name_is_told_and_refused<T: Transport>() {
@@ -454,6 +561,7 @@ suite! {
     a_finished_half_may_be_dropped,
     a_go_away_arrives_and_streams_go_on,
     a_half_dropped_unfinished_is_a_reset,
+    a_peer_that_reads_nothing_is_told_no_more_than_it_takes,
     a_reset_by_the_reader_reaches_the_writer,
     a_reset_ends_both_ways_with_its_reason,
     a_silent_peer_is_dead,
@@ -465,6 +573,7 @@ suite! {
     garbage_on_the_control_stream_ends_the_session,
     stopped_readers_hold_back_no_other_stream_and_little_memory,
     the_stream_limit_makes_openers_wait,
+    what_a_server_has_to_say_arrives,
 }
 
 #[tokio::test]

@@ -74,6 +74,7 @@ impl Ground {
         for endpoint in std::mem::take(&mut self.to_admin) {
             let (server, registry) = (server.to_owned(), of.registry.clone());
             let (of_nodes, of_cluster) = (Arc::clone(of), Arc::clone(of));
+            let peers = Arc::clone(&of.peers);
             let routes = Routes::admin(log.clone())
                 .get("/sessions", move |_request| {
                     let reply = Reply::json(&status::sessions(&server, &registry));
@@ -81,6 +82,10 @@ impl Ground {
                 })
                 .get("/nodes", move |_request| {
                     let reply = Reply::json(&status::nodes(&of_nodes));
+                    async move { reply }
+                })
+                .get("/peers", move |_request| {
+                    let reply = Reply::json(&status::peers(&peers));
                     async move { reply }
                 })
                 .get("/cluster", move |_request| {

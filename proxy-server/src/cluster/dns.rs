@@ -175,6 +175,8 @@ struct Inputs {
     enrolled: Arc<HashSet<AgentName>>,
     /// Agents that have or had a session; only ever more.
     agents: usize,
+    /// Changes of who is known to other servers.
+    elsewhere: u64,
 }
 
 impl Inputs {
@@ -184,6 +186,7 @@ impl Inputs {
             routes: forwarder.routing.table.load_full(),
             enrolled: forwarder.routing.enrolled.load_full(),
             agents: forwarder.registry.agents(),
+            elsewhere: forwarder.peers.changes_of_names(),
         }
     }
 
@@ -192,6 +195,7 @@ impl Inputs {
             && Arc::ptr_eq(&self.routes, &other.routes)
             && Arc::ptr_eq(&self.enrolled, &other.enrolled)
             && self.agents == other.agents
+            && self.elsewhere == other.elsewhere
     }
 }
 
@@ -393,9 +397,7 @@ impl Writer {
     }
 
     fn hosts(&self, inputs: &Inputs, ours: &BTreeSet<IpAddr>) -> Hosts {
-        let known = |agent: &AgentName| {
-            inputs.enrolled.contains(agent) || self.forwarder.registry.knows(agent)
-        };
+        let known = |agent: &AgentName| self.forwarder.knows(agent);
         let route = |name: &str| {
             let destination = Destination {
                 host: Host::Name(name.to_owned()),

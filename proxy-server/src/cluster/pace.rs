@@ -15,7 +15,6 @@ use kube::client::{Body, Client};
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
-use super::Cluster;
 use super::watch::{LEAST_PAUSE, MOST_PAUSE};
 
 /// A watch that ends sooner ends early. One is asked to last a minute.
@@ -53,11 +52,15 @@ impl Opened {
 }
 
 impl Pace {
-    /// The client, with watches at this pace; each that is opened is noted in `cluster`.
-    pub(super) fn of(&self, client: Client, cluster: Arc<Cluster>) -> Client {
+    /// The client, with watches at this pace; `opened` hears of each.
+    pub(super) fn of(
+        &self,
+        client: Client,
+        opened: impl Fn() + Clone + Send + Sync + 'static,
+    ) -> Client {
         let (pace, namespace) = (self.clone(), client.default_namespace().to_owned());
         let service = tower::service_fn(move |request: Request<Body>| {
-            let (pace, client, cluster) = (pace.clone(), client.clone(), Arc::clone(&cluster));
+            let (pace, client, opened) = (pace.clone(), client.clone(), opened.clone());
             async move {
                 if !is_watch(&request) {
                     return client.send(request).await;
@@ -70,7 +73,7 @@ impl Pace {
                 let response = client.send(request).await?;
                 if response.status().is_success() {
                     pace.0.lock().at = Some(Instant::now());
-                    cluster.followed();
+                    opened();
                 }
                 Ok(response)
             }
@@ -97,6 +100,7 @@ mod tests {
     use serde_json::json;
     use tokio::time::timeout;
 
+    use super::super::Cluster;
     use super::super::client::Source;
     use super::super::watch::{Failures, Watch};
     use super::*;
@@ -135,7 +139,9 @@ mod tests {
         let follow = async {
             let mut failures = Failures::default();
             loop {
-                let client = pace.of(Client::new(server.clone(), "default"), Arc::clone(&cluster));
+                let followed = Arc::clone(&cluster);
+                let client = Client::new(server.clone(), "default");
+                let client = pace.of(client, move || followed.followed());
                 watch.follow(client, &mut failures).await;
                 sleep(failures.pause()).await;
             }

@@ -21,9 +21,9 @@ use crate::config::Kubernetes;
 /// Nodes a page: some 10 MB of JSON at most, and 20 requests for 10,000 nodes.
 const PAGE: u32 = 500;
 /// A watch is asked to last so long: its renewal is the sign of life of a cluster in which nothing happens.
-const WATCH_SECONDS: u32 = 60;
+pub(super) const WATCH_SECONDS: u32 = 60;
 /// Silence after which a connection is dead: two renewals did not come about.
-const SILENCE: Duration = Duration::from_secs(150);
+pub(super) const SILENCE: Duration = Duration::from_secs(150);
 /// Changes are gathered so long: a table of 10,000 nodes takes milliseconds, and nodes often change together.
 const GATHER: Duration = Duration::from_millis(100);
 /// Pauses after failures: random below a ceiling that doubles.
@@ -48,7 +48,7 @@ pub(super) struct Failures {
 }
 
 impl Failures {
-    fn add(&mut self, followed: Option<Instant>) {
+    pub(super) fn add(&mut self, followed: Option<Instant>) {
         if followed > self.last {
             self.row = 0;
         }
@@ -72,7 +72,8 @@ impl Watch {
         loop {
             match self.source.connect(&self.cluster).await {
                 Ok(client) => {
-                    let client = pace.of(client, Arc::clone(&self.cluster));
+                    let cluster = Arc::clone(&self.cluster);
+                    let client = pace.of(client, move || cluster.followed());
                     self.follow(client, &mut failures).await;
                 }
                 Err(error) => self.fail(&mut failures, daemon::chain(&error).to_string()),

@@ -23,11 +23,6 @@ pub(super) fn check(config: &Config, file: &Path) -> Result<(), ConfigError> {
         ),
     );
     problems.check(
-        !config.backend.listen.is_empty(),
-        "backend.listen",
-        "at least one address is needed",
-    );
-    problems.check(
         config.backend.idle_timeout >= LEAST_IDLE,
         "backend.idleTimeout",
         format!(
@@ -40,6 +35,7 @@ pub(super) fn check(config: &Config, file: &Path) -> Result<(), ConfigError> {
         "backend.memory",
         "must be at least 1MiB",
     );
+    super::peers::check(config, &mut problems);
     frontends(config, &mut problems);
     routes(config, &mut problems);
     if let Some(kubernetes) = &config.kubernetes {

@@ -37,6 +37,13 @@ pub enum Who {
         /// So says the load balancer at that address.
         via: Option<SocketAddr>,
     },
+    /// Whoever another server has let in and decided about, in its words.
+    Peer {
+        /// The other server, by its certificate.
+        server: String,
+        /// Who asked there.
+        asked: String,
+    },
     /// Ourselves: a kept connection, whose requests were each decided about before they came to it.
     Pool,
 }
@@ -49,6 +56,7 @@ impl fmt::Display for Who {
             Self::Uid(Some(uid)) => write!(f, "uid/{uid}"),
             Self::Uid(None) => f.write_str("uid/unknown"),
             Self::Unproved => f.write_str("unproved"),
+            Self::Peer { server, asked } => write!(f, "server/{server} for {asked}"),
             Self::Source { address, via: None } => write!(f, "source/{address}"),
             Self::Source {
                 address,
@@ -112,6 +120,15 @@ impl Requester {
         self.peer.as_ref().map(Peer::to_string).unwrap_or_default()
     }
 
+    /// Who and from where, in words for another server's log.
+    #[must_use]
+    pub fn words(&self) -> String {
+        match self.source() {
+            source if source.is_empty() => self.to_string(),
+            source => format!("{self} from {source}"),
+        }
+    }
+
     fn address(&self) -> Option<IpAddr> {
         Some(self.peer.as_ref()?.tcp()?.ip())
     }
@@ -167,7 +184,7 @@ fn names(rule: &Rule, requester: &Requester) -> bool {
         Who::User(name) => rule.users.iter().any(|user| user.fits(name)),
         Who::Uid(Some(uid)) => rule.uids.contains(uid),
         Who::Source { .. } => rule.is_of_sources(),
-        Who::Uid(None) | Who::Unproved | Who::Pool => false,
+        Who::Uid(None) | Who::Unproved | Who::Peer { .. } | Who::Pool => false,
     };
     let from = |ip| rule.from.iter().any(|net| net.contains(ip));
     named && (rule.from.is_empty() || requester.address().is_some_and(from))

@@ -33,8 +33,10 @@ pub struct NodeStatus {
     pub edge: bool,
     /// Kubernetes calls it ready; unknown outside a cluster.
     pub ready: Option<bool>,
-    /// Its agent has a session here.
+    /// Its agent has a session, here or at another server.
     pub session: bool,
+    /// Other servers where it has one.
+    pub servers: Vec<String>,
     /// Who says that there is such a node: `configuration`, `cluster` or `agent`.
     pub source: String,
 }
@@ -86,11 +88,21 @@ pub fn nodes(forwarder: &Forwarder) -> Vec<NodeStatus> {
     let (cluster, configured) = (routing.cluster.table(), routing.table.load());
     let enrolled = routing.enrolled.load();
     let registered = forwarder.registry.names();
-    let known = |agent: &AgentName| enrolled.contains(agent) || registered.contains_key(agent);
-    let session = |agent: &AgentName| registered.get(agent).is_some_and(|open| *open);
+    let elsewhere = forwarder.peers.agents();
+    let known = |agent: &AgentName| {
+        enrolled.contains(agent) || registered.contains_key(agent) || elsewhere.contains_key(agent)
+    };
+    let sessions = |agent: &AgentName| {
+        let servers = elsewhere.get(agent).into_iter().flatten();
+        Sessions {
+            here: registered.get(agent).is_some_and(|open| *open),
+            servers: servers.map(ToString::to_string).collect(),
+        }
+    };
     let mut all = BTreeMap::new();
-    for agent in enrolled.iter().chain(registered.keys()) {
-        let status = outside(agent.as_str(), agent, session(agent), "agent");
+    let agents = enrolled.iter().chain(registered.keys());
+    for agent in agents.chain(elsewhere.keys()) {
+        let status = outside(agent.as_str(), agent, sessions(agent), "agent");
         all.insert(agent.as_str().to_owned(), status);
     }
     for (name, node) in cluster.nodes() {
@@ -105,20 +117,22 @@ pub fn nodes(forwarder: &Forwarder) -> Vec<NodeStatus> {
             kubelet_port: node.kubelet_port,
             edge: node.is_edge(known),
             ready: Some(node.ready),
-            session: session(&node.agent),
+            session: sessions(&node.agent).is_any(),
+            servers: sessions(&node.agent).servers,
             source: "cluster".to_owned(),
         };
         all.insert(name.clone(), status);
     }
     for (name, agent) in configured.nodes() {
         let of_cluster = all.remove(name).filter(|status| status.source == "cluster");
-        let status = outside(name, agent, session(agent), "configuration");
+        let status = outside(name, agent, sessions(agent), "configuration");
         let status = match of_cluster {
             // The route is the configuration's, the rest is still so.
             Some(node) => NodeStatus {
                 agent: status.agent,
                 edge: true,
                 session: status.session,
+                servers: status.servers,
                 source: status.source,
                 ..node
             },
@@ -129,7 +143,19 @@ pub fn nodes(forwarder: &Forwarder) -> Vec<NodeStatus> {
     all.into_values().collect()
 }
 
-fn outside(name: &str, agent: &AgentName, session: bool, source: &str) -> NodeStatus {
+/// Where an agent has sessions.
+struct Sessions {
+    here: bool,
+    servers: Vec<String>,
+}
+
+impl Sessions {
+    const fn is_any(&self) -> bool {
+        self.here || !self.servers.is_empty()
+    }
+}
+
+fn outside(name: &str, agent: &AgentName, sessions: Sessions, source: &str) -> NodeStatus {
     NodeStatus {
         node: name.to_owned(),
         uid: String::new(),
@@ -141,7 +167,8 @@ fn outside(name: &str, agent: &AgentName, session: bool, source: &str) -> NodeSt
         kubelet_port: crate::cluster::nodes::KUBELET_PORT,
         edge: true,
         ready: None,
-        session,
+        session: sessions.is_any(),
+        servers: sessions.servers,
         source: source.to_owned(),
     }
 }
@@ -255,7 +282,11 @@ pub fn table(nodes: &[NodeStatus]) -> String {
             addresses,
             yes(node.edge).to_owned(),
             node.ready.map_or("-", yes).to_owned(),
-            yes(node.session).to_owned(),
+            if node.servers.is_empty() {
+                yes(node.session).to_owned()
+            } else {
+                node.servers.join(",")
+            },
             node.source.clone(),
         ]
     };

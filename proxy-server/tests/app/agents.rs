@@ -10,7 +10,7 @@ use proto::wire::{Limits, Offer};
 
 use crate::stack::{Stack, bare_session, end, within};
 
-fn offer(name: &str) -> Offer {
+pub(crate) fn offer(name: &str) -> Offer {
     Offer {
         agent: name.parse().unwrap(),
         software: "test".into(),

@@ -57,8 +57,9 @@ struct State {
     version: u64,
     /// Versions up to this one can't be watched from.
     compacted: u64,
-    nodes: BTreeMap<String, Value>,
-    log: Vec<(u64, Value)>,
+    nodes: List,
+    /// EndpointSlices of all namespaces.
+    slices: List,
     mood: Mood,
     /// Requests for nodes, as `list`, `list+` (a further page), `node` (of that name) and `watch`; and `tokenreview`.
     seen: Vec<&'static str>,
@@ -69,6 +70,45 @@ struct State {
     asked: Vec<(usize, String)>,
     doors: usize,
     tokens: BTreeMap<String, Issued>,
+}
+
+/// What can be watched.
+#[derive(Debug, Default)]
+struct List {
+    items: BTreeMap<String, Value>,
+    log: Vec<(u64, Value)>,
+}
+
+/// Which of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Nodes,
+    Slices,
+}
+
+impl Kind {
+    /// What that path lists; `None` for single objects.
+    fn at(path: &str) -> Option<Self> {
+        match path {
+            "/api/v1/nodes" => Some(Self::Nodes),
+            path if path.ends_with("/endpointslices") => Some(Self::Slices),
+            _ => None,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nodes => "Node",
+            Self::Slices => "EndpointSlice",
+        }
+    }
+
+    const fn version(self) -> &'static str {
+        match self {
+            Self::Nodes => "v1",
+            Self::Slices => "discovery.k8s.io/v1",
+        }
+    }
 }
 
 /// The API, or another door to it. Dropping it cuts all its connections.
@@ -85,8 +125,8 @@ impl Api {
         let state = State {
             version: 100,
             compacted: 0,
-            nodes: BTreeMap::new(),
-            log: Vec::new(),
+            nodes: List::default(),
+            slices: List::default(),
             mood: Mood::Well,
             seen: Vec::new(),
             objects: Objects::new(),
@@ -152,10 +192,11 @@ impl Api {
                                 | Mood::PagesGone
                                 | Mood::EndsWatches => {}
                             }
-                            Ok::<_, Infallible>(match request.uri().path() {
-                                "/api/v1/nodes" => answer(state, changed, &request),
-                                tokens::REVIEWS => tokens::answer(state, request).await,
-                                _ => objects::answer(state, door, request).await,
+                            let kind = Kind::at(request.uri().path());
+                            Ok::<_, Infallible>(match (kind, request.uri().path()) {
+                                (Some(kind), _) => answer(state, changed, kind, &request),
+                                (None, tokens::REVIEWS) => tokens::answer(state, request).await,
+                                (None, _) => objects::answer(state, door, request).await,
                             })
                         }
                     });
@@ -189,33 +230,50 @@ impl Api {
     /// Creates or changes a node.
     pub(crate) fn put(&self, node: Value) {
         let mut state = self.state.lock();
-        state.put(node);
+        state.put(Kind::Nodes, node);
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    /// Creates or changes an EndpointSlice.
+    pub(crate) fn put_slice(&self, slice: Value) {
+        let mut state = self.state.lock();
+        state.put(Kind::Slices, slice);
         drop(state);
         self.changed.send_replace(());
     }
 
     /// As [`Api::put`], but watches are not told until something else happens.
     pub(crate) fn put_quietly(&self, node: Value) {
-        self.state.lock().put(node);
+        self.state.lock().put(Kind::Nodes, node);
     }
 
     pub(crate) fn put_all(&self, nodes: impl Iterator<Item = Value>) {
         let mut state = self.state.lock();
         for node in nodes {
-            state.put(node);
+            state.put(Kind::Nodes, node);
         }
         drop(state);
         self.changed.send_replace(());
     }
 
     pub(crate) fn delete(&self, name: &str) {
+        self.delete_of(Kind::Nodes, name);
+    }
+
+    pub(crate) fn delete_slice(&self, name: &str) {
+        self.delete_of(Kind::Slices, name);
+    }
+
+    fn delete_of(&self, kind: Kind, name: &str) {
         let mut state = self.state.lock();
         state.version += 1;
         let version = state.version;
-        let mut node = state.nodes.remove(name).unwrap();
-        node["metadata"]["resourceVersion"] = json!(version.to_string());
-        let event = json!({"type": "DELETED", "object": node});
-        state.log.push((version, event));
+        let list = state.list(kind);
+        let mut item = list.items.remove(name).unwrap();
+        item["metadata"]["resourceVersion"] = json!(version.to_string());
+        let event = json!({"type": "DELETED", "object": item});
+        list.log.push((version, event));
         drop(state);
         self.changed.send_replace(());
     }
@@ -224,7 +282,8 @@ impl Api {
     pub(crate) fn compact(&self) {
         let mut state = self.state.lock();
         state.compacted = state.version;
-        state.log.clear();
+        state.nodes.log.clear();
+        state.slices.log.clear();
         drop(state);
         self.changed.send_replace(());
     }
@@ -236,6 +295,7 @@ impl Api {
         let version = state.version;
         let object = json!({"kind": "Node", "apiVersion": "v1", "metadata": {"resourceVersion": version.to_string(), "creationTimestamp": null}});
         state
+            .nodes
             .log
             .push((version, json!({"type": "BOOKMARK", "object": object})));
         drop(state);
@@ -258,26 +318,35 @@ impl Api {
 }
 
 impl State {
-    fn put(&mut self, mut node: Value) {
+    const fn list(&mut self, kind: Kind) -> &mut List {
+        match kind {
+            Kind::Nodes => &mut self.nodes,
+            Kind::Slices => &mut self.slices,
+        }
+    }
+
+    fn put(&mut self, kind: Kind, mut item: Value) {
         self.version += 1;
-        let name = node["metadata"]["name"].as_str().unwrap().to_owned();
-        node["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        let kind = if self.nodes.insert(name, node.clone()).is_some() {
+        let version = self.version;
+        let name = item["metadata"]["name"].as_str().unwrap().to_owned();
+        item["metadata"]["resourceVersion"] = json!(version.to_string());
+        let list = self.list(kind);
+        let event = if list.items.insert(name, item.clone()).is_some() {
             "MODIFIED"
         } else {
             "ADDED"
         };
-        self.log
-            .push((self.version, json!({"type": kind, "object": node})));
+        list.log
+            .push((version, json!({"type": event, "object": item})));
     }
 }
 
 fn answer(
     state: &Arc<Mutex<State>>,
     changed: &watch::Sender<()>,
+    kind: Kind,
     request: &Request<Incoming>,
 ) -> Response<Body> {
-    assert_eq!(request.uri().path(), "/api/v1/nodes");
     let query: BTreeMap<String, String> = request
         .uri()
         .query()
@@ -291,16 +360,25 @@ fn answer(
         .get("fieldSelector")
         .map(|selector| selector.strip_prefix("metadata.name%3D").unwrap());
     let mut locked = state.lock();
-    let kind = match (watches, query.contains_key("continue")) {
-        (true, _) => "watch",
-        (false, true) => "list+",
-        (false, false) if named.is_some() => "node",
-        (false, false) => "list",
+    let seen = match (kind, watches, query.contains_key("continue")) {
+        (Kind::Slices, ..) => "slices",
+        (Kind::Nodes, true, _) => "watch",
+        (Kind::Nodes, false, true) => "list+",
+        (Kind::Nodes, false, false) if named.is_some() => "node",
+        (Kind::Nodes, false, false) => "list",
     };
-    locked.seen.push(kind);
+    locked.seen.push(seen);
+    if kind == Kind::Slices {
+        let path = "/apis/discovery.k8s.io/v1/namespaces/corvid/endpointslices";
+        assert_eq!(request.uri().path(), path);
+        assert_eq!(
+            query["labelSelector"],
+            "kubernetes.io%2Fservice-name%3Dpeers"
+        );
+    }
     match locked.mood {
         Mood::Status(code) => return status(code),
-        Mood::PagesGone if kind == "list+" => return status(410),
+        Mood::PagesGone if seen == "list+" => return status(410),
         Mood::Well
         | Mood::PagesGone
         | Mood::EndsWatches
@@ -317,7 +395,7 @@ fn answer(
             query["timeoutSeconds"].parse().unwrap()
         };
         drop(locked);
-        return events(state, changed, from, Duration::from_secs(seconds));
+        return events(state, changed, kind, from, Duration::from_secs(seconds));
     }
     let limit = query
         .get("limit")
@@ -326,18 +404,20 @@ fn answer(
         .get("continue")
         .map(String::as_str)
         .unwrap_or_default();
+    let version = locked.version.to_string();
     let mut rest = locked
-        .nodes
+        .list(kind)
+        .items
         .iter()
         .filter(|(name, _)| name.as_str() > after)
         .filter(|(name, _)| named.is_none_or(|wanted| wanted == name.as_str()));
     let page: Vec<_> = rest.by_ref().take(limit).collect();
     let more = rest.next().is_some();
     let next = page.last().filter(|_| more).map(|(name, _)| name.as_str());
-    let items: Vec<_> = page.iter().map(|(_, node)| *node).collect();
+    let items: Vec<_> = page.iter().map(|(_, item)| *item).collect();
     let list = json!({
-        "kind": "NodeList", "apiVersion": "v1",
-        "metadata": {"resourceVersion": locked.version.to_string(), "continue": next.unwrap_or_default()},
+        "kind": format!("{}List", kind.name()), "apiVersion": kind.version(),
+        "metadata": {"resourceVersion": version, "continue": next.unwrap_or_default()},
         "items": items,
     });
     whole(StatusCode::OK, &list)
@@ -366,6 +446,7 @@ fn whole(status: StatusCode, body: &Value) -> Response<Body> {
 fn events(
     state: &Arc<Mutex<State>>,
     changed: &watch::Sender<()>,
+    kind: Kind,
     from: u64,
     limit: Duration,
 ) -> Response<Body> {
@@ -382,12 +463,16 @@ fn events(
                 loop {
                     changed.borrow_and_update();
                     let (line, next, over) = {
-                        let state = state.lock();
+                        let mut state = state.lock();
                         if from < state.compacted {
                             let gone = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "too old resource version", "reason": "Expired", "code": 410});
                             (Some(json!({"type": "ERROR", "object": gone})), from, true)
                         } else {
-                            let next = state.log.iter().find(|(version, _)| *version > from);
+                            let next = state
+                                .list(kind)
+                                .log
+                                .iter()
+                                .find(|(version, _)| *version > from);
                             let line = next.map(|(_, event)| event.clone());
                             (line, next.map_or(from, |(version, _)| *version), false)
                         }

@@ -226,7 +226,7 @@ async fn an_agent_lost_during_a_dial_fails_it_at_once() {
     let stack = Stack::start("");
     let own = stack.enrolled("edge1").await;
     let session = bare_session(&stack, &own).await.unwrap();
-    let offer = proto::wire::Offer {
+    let offer: proto::wire::Offer = proto::wire::Offer {
         agent: "edge1".parse().unwrap(),
         software: "test".into(),
         capabilities: vec![],

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use certs::{AgentFiles, Clock, EnrollRequest, Issuer, Name, NewToken, Own, Store, TrustDomain};
@@ -13,6 +14,7 @@ use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
 use proto::wire::{Limits, Offer};
 use proxy_server::app::{App, Environment};
 use proxy_server::config::{self, Overrides};
+use proxy_server::peer::Peers;
 use proxy_server::registry::Registry;
 use proxy_server::reload::Source;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -31,6 +33,8 @@ pub(crate) struct Stack {
     pub(crate) observe: Listen,
     pub(crate) admin: Listen,
     pub(crate) registry: Registry<QuicSession>,
+    pub(crate) peers: Arc<Peers<QuicSession>>,
+    pub(crate) peer_listeners: Vec<SocketAddr>,
     pub(crate) reload: ReloadTrigger,
     pub(crate) shutdown: CancellationToken,
     server: JoinSet<Exit>,
@@ -116,7 +120,11 @@ impl Stack {
 
     fn run(bound: proxy_server::Bound, dir: tempfile::TempDir, trigger: ReloadTrigger) -> Self {
         let shutdown = CancellationToken::new();
-        let (backend, frontends) = (bound.backend[0], bound.frontends.clone());
+        // None: a server with frontends only.
+        let backend = bound.backend.first().copied();
+        let backend = backend.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
+        let frontends = bound.frontends.clone();
+        let (peers, peer_listeners) = (Arc::clone(&bound.peers), bound.peer_listeners.clone());
         let (observe, admin) = (bound.observe.clone(), bound.admin[0].clone());
         let registry = bound.registry.clone();
         let mut server = JoinSet::new();
@@ -128,6 +136,8 @@ impl Stack {
             observe,
             admin,
             registry,
+            peers,
+            peer_listeners,
             reload: trigger,
             shutdown,
             server,
@@ -172,20 +182,30 @@ impl Stack {
 
     /// A real agent that enrols and connects; `more` is added to its configuration.
     pub(crate) fn agent(&mut self, name: &str, more: &str) {
+        self.agent_of(name, &[self.backend], more);
+    }
+
+    /// As [`Stack::agent`], with sessions to several servers. It enrols where its token is from, so this one is first.
+    pub(crate) fn agent_of(&mut self, name: &str, servers: &[SocketAddr], more: &str) {
         use secrecy::ExposeSecret as _;
         let token = self.token(1).expose();
         let (token, pin) = (token.expose_secret(), self.issuer().pin());
         let join = format!("{{token: {token}, caPin: '{pin}'}}");
-        self.agent_joining(name, &join, more);
+        self.agent_with(name, servers, &join, more);
     }
 
     /// A real agent whose `join` is given.
     pub(crate) fn agent_joining(&mut self, name: &str, join: &str, more: &str) {
+        self.agent_with(name, &[self.backend], join, more);
+    }
+
+    fn agent_with(&mut self, name: &str, servers: &[SocketAddr], join: &str, more: &str) {
+        let servers: Vec<_> = servers.iter().map(|server| format!("'{server}'")).collect();
+        let servers = servers.join(", ");
         let text = format!(
-            "name: {name}\nstateDir: {}\nservers: ['{}']\njoin: {join}\n\
+            "name: {name}\nstateDir: {}\nservers: [{servers}]\njoin: {join}\n\
              observe: {{listen: '127.0.0.1:0'}}\nadmin: {{listen: '127.0.0.1:0'}}\ndrain: {{grace: 1s}}\n{more}\n",
             self.dir.path().join(format!("agent-{name}")).display(),
-            self.backend,
         );
         let overrides = edge_agent::config::Overrides::default();
         let config = edge_agent::config::parse(Path::new("agent.yaml"), &text, &overrides).unwrap();
@@ -488,7 +508,7 @@ where
 {
     let own = stack.enrolled(name).await;
     let session = bare_session(stack, &own).await.unwrap();
-    let offer = Offer {
+    let offer: Offer = Offer {
         agent: name.parse().unwrap(),
         software: "test".into(),
         capabilities: vec![],

@@ -34,7 +34,7 @@ pub(crate) struct Quiet {
 /// Opens a session with what `own` has; the reason if it is refused.
 pub(crate) async fn come(stack: &Stack, own: &Own) -> Result<Quiet, Reason> {
     let session = bare_session(stack, own).await.unwrap();
-    let offer = Offer {
+    let offer: Offer = Offer {
         agent: own
             .credential
             .load()

@@ -31,7 +31,8 @@ pub(crate) struct Server {
 /// What a server answers hellos with.
 #[derive(Clone)]
 enum Answer {
-    Accept(String),
+    /// Under that name, one of so many.
+    Accept(String, u32),
     Refuse(Reason, Duration),
 }
 
@@ -46,15 +47,22 @@ impl Server {
             ca,
             ca.server(name),
             address,
-            Answer::Accept(name.to_owned()),
+            Answer::Accept(name.to_owned(), 0),
             false,
         )
         .await
     }
 
+    /// One that says that there are so many.
+    pub(crate) async fn one_of(ca: &TestCa, name: &str, servers: u32) -> Self {
+        let answer = Answer::Accept(name.to_owned(), servers);
+        let address = "127.0.0.1:0".parse().unwrap();
+        Self::start(ca, ca.server(name), address, answer, false).await
+    }
+
     /// One that also enrols and renews.
     pub(crate) async fn enrolling(ca: &TestCa, name: &str) -> Self {
-        let answer = Answer::Accept(name.to_owned());
+        let answer = Answer::Accept(name.to_owned(), 0);
         Self::start(
             ca,
             ca.server(name),
@@ -84,7 +92,7 @@ impl Server {
             ca,
             other.server(name),
             "127.0.0.1:0".parse().unwrap(),
-            Answer::Accept(name.to_owned()),
+            Answer::Accept(name.to_owned(), 0),
             false,
         )
         .await
@@ -92,7 +100,7 @@ impl Server {
 
     /// One whose certificate has another name than its hello.
     pub(crate) async fn lying(ca: &TestCa) -> Self {
-        let answer = Answer::Accept("claimed".to_owned());
+        let answer = Answer::Accept("claimed".to_owned(), 0);
         Self::start(
             ca,
             ca.server("certified"),
@@ -190,13 +198,13 @@ async fn accept(endpoint: Endpoint, answer: Answer, sessions: mpsc::Sender<Peer>
             let Ok((control, hello)) = Control::accept(session.clone()).await else {
                 return;
             };
-            let server = match answer {
+            let (server, servers) = match answer {
                 Answer::Refuse(reason, retry_after) => {
                     return control
                         .refuse(reason, "the test says no".to_owned(), retry_after)
                         .await;
                 }
-                Answer::Accept(name) => name,
+                Answer::Accept(name, servers) => (name, servers),
             };
             let offer = ServerOffer {
                 server: server.parse().unwrap(),
@@ -206,12 +214,13 @@ async fn accept(endpoint: Endpoint, answer: Answer, sessions: mpsc::Sender<Peer>
                     max_streams: 16,
                     stream_window: 1 << 20,
                 },
+                servers,
             };
             let certified = certs::peer(&session.peer_certificates())
                 .unwrap()
                 .identity
                 .name;
-            let certified = certified.as_str().parse().unwrap();
+            let certified: proto::AgentName = certified.as_str().parse().unwrap();
             let now = i64::try_from(Clock::system().now().as_secs() * 1000).unwrap();
             let answered = control
                 .answer(&hello, &certified, &offer, SessionId::random(), now)

@@ -137,7 +137,7 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Connection ids and reset tokens that a later process of the same server recognises as its own.
+/// Connection ids and reset tokens that whoever has the secret recognises as its own.
 fn endpoint_config(secret: &[u8; 32]) -> quinn::EndpointConfig {
     let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
     // A key of its own for the ids, which every observer sees parts of.
@@ -166,9 +166,10 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens. `tls` decides who is let in. `secret` is the same at each start of this server: packets of sessions that
-    /// an earlier process had are then answered with a stateless reset (RFC 9000 section 10.3), and their agents come
-    /// back at once in place of waiting out the idle time-out.
+    /// Listens. `tls` decides who is let in. `secret` is the same at each start of this server, and at all servers that
+    /// may get each other's packets: those of sessions that an earlier process or another server has are then answered
+    /// with a stateless reset (RFC 9000 section 10.3), and their agents come back at once in place of waiting out the
+    /// idle time-out.
     ///
     /// # Errors
     /// When the socket can't be bound or `tls` has no TLS 1.3.

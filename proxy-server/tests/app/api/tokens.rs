@@ -58,7 +58,7 @@ impl Api {
             text(&pod["metadata"]["uid"]),
         );
         let node = text(&pod["spec"]["nodeName"]);
-        let node_uid = state.nodes[&node]["metadata"]["uid"].clone();
+        let node_uid = state.nodes.items[&node]["metadata"]["uid"].clone();
         let of_pod = |key: &str| format!("authentication.kubernetes.io/pod-{key}");
         Issued {
             audiences: vec!["corvid".to_owned()],

@@ -1,0 +1,51 @@
+//! A live session for tests, over the in-memory transport.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::time::SystemTime;
+
+use proto::SessionId;
+use proto::control::{Control, Liveness};
+use proto::transport::keepalive::Keepalive;
+use proto::transport::memory::{self, MemorySession};
+use proto::wire::{Limits, Offer};
+
+use super::{Doubt, LiveSession};
+
+/// A session of that agent, and its far end.
+pub(crate) async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, MemorySession) {
+    let (server, client) = memory::pair(1 << 16, 8);
+    let offer: Offer = Offer {
+        agent: agent.parse().unwrap(),
+        software: String::new(),
+        capabilities: vec![],
+        limits: Limits {
+            max_streams: 8,
+            stream_window: 1 << 16,
+        },
+        instance: String::new(),
+    };
+    let dial = Control::dial(client.clone(), &offer);
+    let accept = Control::accept(server.clone());
+    // Only the server's handle is wanted, so nobody answers the hello.
+    let (control, _hello) = tokio::select! {
+        accepted = accept => accepted.unwrap(),
+        _ = dial => unreachable!("the dial waits for an answer"),
+    };
+    let session = LiveSession {
+        id: SessionId::random(),
+        agent: agent.parse().unwrap(),
+        node_uid: None,
+        transport: server,
+        kind: "memory",
+        liveness: Liveness::new(Keepalive::default()),
+        control: control.handle(),
+        since: SystemTime::UNIX_EPOCH,
+        software: String::new(),
+        going: AtomicBool::new(false),
+        probed: AtomicBool::new(false),
+        doubt: Doubt::default(),
+        streams: AtomicUsize::new(0),
+    };
+    (Arc::new(session), client)
+}
