@@ -20,7 +20,7 @@ mod agent;
 mod server;
 
 pub use agent::Agent;
-pub use server::{Server, Session};
+pub use server::{Another, Peer, Server, Session};
 
 /// Where agents dial.
 pub const SERVER: &str = "203.0.113.10:8443";
@@ -80,6 +80,14 @@ impl Lab {
     /// When it does not come up.
     pub fn server(&self, edit: impl FnOnce(&mut Value)) -> Result<Server> {
         Server::start(self, edit)
+    }
+
+    /// Starts another server of the first one's authority, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn another_server(&self, another: Another<'_>) -> Result<Server> {
+        Server::another(self, another)
     }
 
     /// Enrols and starts the agent of an edge host of the same name, its configuration changed by `edit`, and waits for its

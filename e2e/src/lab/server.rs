@@ -21,8 +21,36 @@ const TOOL: Duration = Duration::from_secs(20);
 pub struct Server {
     process: Process,
     config: PathBuf,
+    /// Where its sockets are, and what is made for its clients.
     dir: PathBuf,
+    /// Where the logs of the lab are.
+    logs: PathBuf,
     host: Host,
+    name: String,
+}
+
+/// Another server beside the first one, of the same authority.
+#[derive(Debug, Clone, Copy)]
+pub struct Another<'a> {
+    /// Its host, which is its name as well.
+    pub host: &'a str,
+    /// Its address there; `None` for a server with frontends only.
+    pub address: Option<&'a str>,
+    /// Where its peers come in.
+    pub peers: &'a [&'a str],
+}
+
+/// Another session of a server, as `peers` shows it; what scenarios do not look at is left out.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Peer {
+    /// The other server; empty while it was never reached.
+    pub server: String,
+    /// `dialled` or `accepted`.
+    pub side: String,
+    /// How it is.
+    pub state: String,
+    /// Agents that it has announced a session of.
+    pub agents: usize,
 }
 
 /// A session as `status` shows it; what scenarios do not look at is left out.
@@ -60,12 +88,57 @@ impl Server {
         edit(&mut config);
         let config = lab.config("proxy-server", &config)?;
         let host = lab.host("cloud")?;
-        let process = run(&host, &config, &dir)?;
+        let process = run("proxy-server", &host, &config, &dir)?;
+        Ok(Self {
+            process,
+            config,
+            logs: dir.clone(),
+            dir,
+            host,
+            name: "proxy-server".into(),
+        })
+    }
+
+    pub(super) fn another(lab: &Lab, another: Another<'_>) -> Result<Self> {
+        let Another {
+            host: name,
+            address,
+            peers,
+        } = another;
+        let dir = lab.dir().join(name);
+        let authority = dir.join("state/ca");
+        fs::create_dir_all(&authority)?;
+        for file in ["ca.crt", "ca.key"] {
+            fs::copy(lab.dir().join("server/ca").join(file), authority.join(file))?;
+        }
+        let listen = |port: u16| address.map(|address| format!("{address}:{port}"));
+        let mut config = json!({
+            "stateDir": dir.join("state"),
+            "name": name,
+            "backend": {"listen": Vec::from_iter(listen(8443))},
+            "frontends": [
+                {"type": "httpConnect", "listen": format!("unix:{}", dir.join("connect.sock").display()),
+                 "default": "refuse"},
+            ],
+            "peers": {"servers": peers},
+            "drain": {"minDelay": "500ms", "grace": "10s"},
+            "observe": {"listen": "0.0.0.0:9440"},
+            "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
+            "log": {"level": "debug"},
+        });
+        if let (Some(peers), Some(listen)) = (config.get_mut("peers"), listen(8446)) {
+            peers["listen"] = json!([listen]);
+        }
+        let config = lab.config(name, &config)?;
+        let host = lab.host(name)?;
+        let process = run(name, &host, &config, lab.dir())?;
         Ok(Self {
             process,
             config,
             dir,
+            logs: lab.dir().to_owned(),
             host,
+            name: name.into(),
         })
     }
 
@@ -81,7 +154,7 @@ impl Server {
     /// When it still runs, or does not come up.
     pub fn start_again(&mut self) -> Result<()> {
         ensure!(self.process.exited()?.is_some(), "the server still runs");
-        self.process = run(&self.host, &self.config, &self.dir)?;
+        self.process = run(&self.name, &self.host, &self.config, &self.logs)?;
         Ok(())
     }
 
@@ -154,6 +227,28 @@ impl Server {
         Ok(serde_json::from_str(&succeeded(command)?)?)
     }
 
+    /// Waits until sessions with so many other servers that it asks are up, which have announced so many sessions of
+    /// agents in all.
+    ///
+    /// # Errors
+    /// When they are not at the deadline.
+    pub fn wait_peers(&self, servers: usize, agents: usize, deadline: Duration) -> Result<()> {
+        let what = format!("{}: {servers} peers with {agents} agents", self.name);
+        wait::poll(deadline, &what, || {
+            let mut command = Command::new(binary("proxy-server")?);
+            command
+                .args(["peers", "--json", "--socket"])
+                .arg(self.dir.join("admin.sock"));
+            let all: Vec<Peer> = serde_json::from_str(&succeeded(command)?)?;
+            let asked = all
+                .iter()
+                .filter(|peer| peer.side == "dialled" && peer.state == "ok");
+            let found = (asked.clone().count(), asked.map(|peer| peer.agents).sum());
+            ensure!(found == (servers, agents), "{all:?}");
+            Ok(())
+        })
+    }
+
     /// Waits for a session of that agent and returns the newest, which stands last.
     ///
     /// # Errors
@@ -197,12 +292,13 @@ impl Server {
     }
 }
 
-fn run(host: &Host, config: &Path, logs: &Path) -> Result<Process> {
-    let process = Spawn::new("proxy-server", binary("proxy-server")?)
+fn run(name: &str, host: &Host, config: &Path, logs: &Path) -> Result<Process> {
+    let process = Spawn::new(name, binary("proxy-server")?)
         .args(["run", "--config"])
         .arg(config)
         .host(host);
-    let mark = fs::metadata(logs.join("proxy-server.log")).map_or(0, |log| log.len());
+    let log = logs.join(format!("{name}.log"));
+    let mark = fs::metadata(log).map_or(0, |log| log.len());
     let process = process.start(logs)?;
     process.wait_for_line_since(mark, "ready", START)?;
     Ok(process)

@@ -22,7 +22,7 @@ struct Row {
     recovers: fn(&mut Cluster) -> Result<()>,
 }
 
-const ROWS: [Row; 14] = [
+const ROWS: [Row; 16] = [
     Row {
         verb: "list",
         resource: "nodes",
@@ -34,6 +34,18 @@ const ROWS: [Row; 14] = [
         resource: "nodes",
         breaks: nodes_are_not_followed,
         recovers: nodes_are_known,
+    },
+    Row {
+        verb: "list",
+        resource: "endpointslices",
+        breaks: other_servers_are_not_listed,
+        recovers: other_servers_are_followed,
+    },
+    Row {
+        verb: "watch",
+        resource: "endpointslices",
+        breaks: other_servers_are_not_followed,
+        recovers: other_servers_are_followed,
     },
     Row {
         verb: "create",
@@ -395,6 +407,50 @@ fn a_new_root_ends_no_session(cluster: &mut Cluster) -> Result<()> {
     let log = cluster.tunnel().server().log_since(mark);
     ensure!(!log.contains("session down"), "{log}");
     Ok(())
+}
+
+fn other_servers_are_not_listed(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    told_soon(cluster, mark, &forbidden("list", "endpointslices"))
+}
+
+fn other_servers_are_not_followed(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    told_soon(cluster, mark, &forbidden("watch", "endpointslices"))
+}
+
+/// A server that comes is heard of: one that nobody runs, at an address of documentation.
+fn other_servers_are_followed(cluster: &mut Cluster) -> Result<()> {
+    let slice = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {
+            "name": "proxy-server-peers-other", "namespace": "corvid",
+            "labels": {"kubernetes.io/service-name": "proxy-server-peers"},
+        },
+        "ports": [{"name": "peers", "port": 8446, "protocol": "UDP"}],
+        "endpoints": [{"addresses": ["192.0.2.7"], "conditions": {"ready": true}}],
+    });
+    cluster.create(&slice)?;
+    until(DEADLINE, "the other server is known", || {
+        let peers = cluster.tunnel().peers()?;
+        ensure!(peers.contains("192.0.2.7:8446"), "{peers}");
+        Ok(())
+    })?;
+    let delete = [
+        "delete",
+        "endpointslice",
+        "proxy-server-peers-other",
+        "-n",
+        "corvid",
+    ];
+    cluster.kubectl().ok(&delete)?;
+    until(DEADLINE, "the other server is gone", || {
+        let peers = cluster.tunnel().peers()?;
+        ensure!(!peers.contains("192.0.2.7:8446"), "{peers}");
+        Ok(())
+    })
 }
 
 fn no_token_is_known(cluster: &mut Cluster) -> Result<String> {

@@ -18,6 +18,7 @@ mod konnectivity;
 mod line;
 mod load;
 mod outage;
+mod peers;
 mod redirect;
 mod refusal;
 mod restart;

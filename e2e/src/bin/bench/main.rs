@@ -1,5 +1,5 @@
-//! `make bench`: Corvid beside a plain TCP splice and a TLS splice, each of two hops in two processes, in one run on
-//! one machine. Rounds are interleaved and medians shown; the load and the target share the cores with what is measured,
+//! `make bench`: Corvid, straight and by way of another server, beside a plain TCP splice and a TLS splice of two hops in
+//! two processes, in one run on one machine. Rounds are interleaved and medians shown; the load and the target share the cores with what is measured,
 //! so ratios say more than figures. Then a thousand nodes are scraped beside other requests.
 #![expect(clippy::print_stdout, reason = "a table is the product")]
 #![expect(
@@ -80,6 +80,7 @@ async fn beside_splices(args: &Args) -> Result<()> {
         tunnel::Way::plain(target.address).await?,
         tunnel::Way::tls(target.address).await?,
         tunnel::Way::corvid(target.address).await?,
+        tunnel::Way::by_a_peer(target.address).await?,
     ];
     let mut results: Vec<table::Samples> = ways.iter().map(|_| table::Samples::default()).collect();
     for round in 0..args.rounds {
@@ -88,7 +89,7 @@ async fn beside_splices(args: &Args) -> Result<()> {
             eprint_progress(round, args.rounds, way.name);
         }
     }
-    let [_, _, corvid] = &ways;
+    let [_, _, corvid, _] = &ways;
     let streams = memory::idle_streams(corvid, 1000).await?;
     drop(ways);
     let sessions = memory::idle_sessions(args.sessions).await?;

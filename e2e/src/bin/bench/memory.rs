@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use base64::Engine as _;
 use certs::{
     Clock, Credential, Csr, Issuer, Key, LiveBundle, LiveCredential, Name, Own, TrustDomain,
@@ -40,7 +40,9 @@ fn kib(before: u64, after: u64, count: usize) -> f64 {
 }
 
 pub(crate) async fn idle_streams(way: &Way, count: usize) -> Result<IdleStreams> {
-    let [server, agent] = &way.hops;
+    let [server, agent] = way.hops.as_slice() else {
+        bail!("idle streams are measured with two hops")
+    };
     let before = (server.rss()?, agent.rss()?);
     let mut streams = Vec::new();
     for _ in 0..count {
@@ -95,7 +97,7 @@ async fn session(
         idle_timeout: Duration::from_secs(120),
         congestion: Congestion::Cubic,
     };
-    let offer = Offer {
+    let offer: Offer = Offer {
         agent: name.parse()?,
         software: "bench".into(),
         capabilities: vec![],

@@ -265,6 +265,7 @@ fn proxy_server(dir: &Path, nodes: usize) -> Result<Hop> {
     let server = Server {
         frontends: &[&scrapers],
         more: &routes,
+        frontends_only: false,
         access_log: true,
     };
     server.start(dir)

@@ -30,21 +30,25 @@ impl Samples {
 
 /// Prints Markdown.
 pub(crate) fn print(results: &[Samples], streams: &IdleStreams, sessions: &IdleSessions) {
-    let [plain, tls, corvid] = results else {
+    let [plain, tls, corvid, peer] = results else {
         return;
     };
-    println!("| median | plain splice | TLS splice | corvid | × plain | × TLS |");
-    println!("| --- | --: | --: | --: | --: | --: |");
-    for (((name, plain), (_, tls)), (_, corvid)) in plain
+    println!(
+        "| median | plain splice | TLS splice | corvid | × plain | × TLS | by a peer | × corvid |"
+    );
+    println!("| --- | --: | --: | --: | --: | --: | --: | --: |");
+    for ((((name, plain), (_, tls)), (_, corvid)), (_, peer)) in plain
         .medians()
         .into_iter()
         .zip(tls.medians())
         .zip(corvid.medians())
+        .zip(peer.medians())
     {
         println!(
-            "| {name} | {plain:.2} | {tls:.2} | {corvid:.2} | {:.2} | {:.2} |",
+            "| {name} | {plain:.2} | {tls:.2} | {corvid:.2} | {:.2} | {:.2} | {peer:.2} | {:.2} |",
             corvid / plain,
-            corvid / tls
+            corvid / tls,
+            peer / corvid
         );
     }
     println!();

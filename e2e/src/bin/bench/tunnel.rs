@@ -1,4 +1,4 @@
-//! The three ways to the target, each as two child processes.
+//! The ways to the target, each as two child processes, or three with another server between.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub(crate) struct Way {
     pub(crate) name: &'static str,
     entry: Entry,
     /// Nearest to the requester first.
-    pub(crate) hops: [Hop; 2],
+    pub(crate) hops: Vec<Hop>,
     _dir: tempfile::TempDir,
 }
 
@@ -50,7 +50,7 @@ impl Way {
         Self {
             name: "plain splice",
             entry: Entry::Direct(address),
-            hops: [front, back],
+            hops: vec![front, back],
             _dir: tempfile::tempdir()?,
         }
         .tried()
@@ -71,7 +71,7 @@ impl Way {
         Self {
             name: "TLS splice",
             entry: Entry::Direct(address),
-            hops: [front, back],
+            hops: vec![front, back],
             _dir: dir,
         }
         .tried()
@@ -89,11 +89,55 @@ impl Way {
         Self {
             name: "corvid",
             entry,
-            hops: [server, agent],
+            hops: vec![server, agent],
             _dir: dir,
         }
         .tried()
         .await
+    }
+
+    /// In at a server with frontends only, and by another one that has the agent's session.
+    pub(crate) async fn by_a_peer(target: SocketAddr) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (entry, asked) = (dir.path().join("entry"), dir.path().join("asked"));
+        let authority = entry.join("server/ca");
+        std::fs::create_dir_all(&authority)?;
+        std::fs::create_dir_all(&asked)?;
+        // The one that is asked forwards nothing itself.
+        let server = Server {
+            more: "peers: {listen: ['127.0.0.1:0'], servers: ['127.0.0.1:9']}",
+            ..Server::default()
+        };
+        let server = server.start(&asked)?;
+        let backend = wait_for_backend(&asked)?;
+        let peer = address(&asked, "peers: QUIC on udp", "address=")?;
+        for file in ["ca.crt", "ca.key"] {
+            std::fs::copy(asked.join("server/ca").join(file), authority.join(file))?;
+        }
+        let more = format!("peers: {{servers: ['{peer}']}}");
+        let front = Server {
+            frontends_only: true,
+            more: &more,
+            ..Server::default()
+        };
+        let front = front.start(&entry)?;
+        let agent = agent(&asked, &backend, target.port())?;
+        wait_for_sessions(&asked, 1)?;
+        let destination = format!("edge1:{}", target.port());
+        let way = Self {
+            name: "corvid, by a peer",
+            entry: Entry::Connect(entry.join("connect.sock"), destination),
+            hops: vec![front, server, agent],
+            _dir: dir,
+        };
+        // Until the session is announced.
+        for _ in 0..100 {
+            if way.connect().await.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        way.tried().await
     }
 
     async fn tried(self) -> Result<Self> {
@@ -129,8 +173,7 @@ impl Way {
     }
 
     pub(crate) fn cpu(&self) -> Result<Duration> {
-        let [near, far] = &self.hops;
-        Ok(near.cpu()? + far.cpu()?)
+        self.hops.iter().map(Hop::cpu).sum()
     }
 }
 
@@ -139,6 +182,8 @@ impl Way {
 pub(crate) struct Server<'a> {
     /// Frontends beside the one at the Unix socket, as YAML.
     pub(crate) frontends: &'a [&'a str],
+    /// No agents come to it.
+    pub(crate) frontends_only: bool,
     /// Other keys, as YAML.
     pub(crate) more: &'a str,
     /// Also the access log, as in a configuration that says nothing of it.
@@ -155,8 +200,12 @@ impl Server<'_> {
             true => "info",
             false => "warn,proxy_server=info",
         };
+        let (name, backend) = match self.frontends_only {
+            true => ("entry", ""),
+            false => ("bench", "'127.0.0.1:0'"),
+        };
         let text = format!(
-            "stateDir: {d}/server\nname: bench\nbackend: {{listen: ['127.0.0.1:0']}}\n\
+            "stateDir: {d}/server\nname: {name}\nbackend: {{listen: [{backend}]}}\n\
              frontends: [{frontends}]\nobserve: {{listen: '127.0.0.1:0'}}\n\
              admin: {{listen: '127.0.0.1:0', socket: {d}/admin.sock}}\nlog: {{level: '{level}'}}\n{}\n",
             self.more

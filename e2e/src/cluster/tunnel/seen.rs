@@ -34,6 +34,14 @@ impl Tunnel {
         serde_json::from_str(&nodes).with_context(|| format!("nodes are {nodes:?}"))
     }
 
+    /// What `proxy-server peers` prints for people.
+    ///
+    /// # Errors
+    /// When no server answers.
+    pub fn peers(&self) -> Result<String> {
+        self.admin(&["peers", "--socket", &self.admin_socket()])
+    }
+
     /// Waits until `status` has a text in it, and returns it.
     ///
     /// # Errors

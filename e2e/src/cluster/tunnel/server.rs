@@ -138,6 +138,7 @@ fn config(dir: &Path) -> Value {
                 "allow": [{"from": [format!("{PUBLIC}/32")], "nodes": ["*"], "ports": [KUBELET]}],
             },
         ],
+        "peers": {"listen": [format!("{PUBLIC}:8446")], "service": format!("{NAMESPACE}/proxy-server-peers")},
         "kubernetes": {
             "inCluster": true,
             "dns": {"service": format!("{NAMESPACE}/{SERVICE}")},
