@@ -5,7 +5,7 @@
 //! | `ca.key` | the key that signs; the only secret |
 //! | `ca.crt` | its root. While an older root is still trusted, behind it a certificate that the older key has given the new one: the *cross certificate*, which stands in each chain |
 //! | `old.crt` | roots that signed before and are still trusted |
-//! | `ca.json` | when those leave, and until when clients were certified |
+//! | `ca.json` | when those leave, until when clients were certified, and the pins of the last authorities before this one |
 //!
 //! A rotation is one step from one value to the next. From then on
 //! * who knows only the old root believes what the new key signs, by the cross certificate in the chain;
@@ -37,6 +37,9 @@ pub(crate) const OLD: &str = "old.crt";
 /// See [`KEY`].
 pub(crate) const NOTES: &str = "ca.json";
 
+/// How many authorities before this one are remembered.
+const REMEMBERED: usize = 16;
+
 /// An authority with its key. Cheap to compare, never shown.
 #[derive(Clone)]
 pub struct Ca {
@@ -50,8 +53,8 @@ pub struct Ca {
     notes: Notes,
 }
 
-/// Seconds since 1970.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Times are seconds since 1970.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Notes {
     /// When the old roots leave.
@@ -60,6 +63,9 @@ struct Notes {
     /// End of the last leaf that a client was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     clients_until: Option<u64>,
+    /// Which authorities it comes from by rotations, the latest last; also those whose roots have left.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    after: Vec<Pin>,
 }
 
 impl Ca {
@@ -231,11 +237,15 @@ impl Ca {
         let next = Self::of_key(&key, &self.trust_domain, now)?;
         let kept = now.as_secs().saturating_add(keep.as_secs());
         let retire_at = kept.max(self.notes.clients_until.unwrap_or_default());
+        let mut after = self.notes.after.clone();
+        after.push(self.pin);
+        after.drain(..after.len().saturating_sub(REMEMBERED));
         Ok(Self {
             cross: Some(self.issuer(now)?.sign_root(&key, now)?),
             old: self.root.roots().to_vec(),
             notes: Notes {
                 retire_at: Some(retire_at),
+                after,
                 ..self.notes
             },
             ..next
@@ -250,7 +260,7 @@ impl Ca {
             old: Vec::new(),
             notes: Notes {
                 retire_at: None,
-                ..self.notes
+                ..self.notes.clone()
             },
             ..self.clone()
         }
@@ -273,12 +283,11 @@ impl Ca {
         noted
     }
 
-    /// Whether this is `earlier` itself or comes from it by a rotation.
+    /// Whether this is `earlier` itself or comes from it by rotations, also if its root is trusted no longer: whoever
+    /// has missed one step may take the next.
     #[must_use]
     pub fn follows(&self, earlier: Pin) -> bool {
-        let old = self.old.iter().filter_map(|old| Facts::read(old).ok());
-        let mut old = old.map(|facts| Pin::of_public_key(&facts.public_key));
-        self.pin() == earlier || old.any(|pin| pin == earlier)
+        self.pin == earlier || self.notes.after.contains(&earlier)
     }
 }
 

@@ -152,9 +152,18 @@ impl CaDir {
     /// # Errors
     /// It can't be moved.
     pub fn set_aside(&self, mark: &str) -> Result<PathBuf, IssuerError> {
-        let mut aside = self.dir.as_os_str().to_owned();
-        aside.push(format!(".replaced-{mark}"));
-        let aside = PathBuf::from(aside);
+        let beside = |suffix: &str| {
+            let mut aside = self.dir.as_os_str().to_owned();
+            aside.push(format!(".replaced-{mark}{suffix}"));
+            PathBuf::from(aside)
+        };
+        // It may have been there before: nothing is put in the place of a key.
+        let mut aside = beside("");
+        let mut count = 1_u32;
+        while aside.exists() {
+            count += 1;
+            aside = beside(&format!("-{count}"));
+        }
         store::rename(&self.dir, &aside)?;
         Ok(aside)
     }

@@ -106,6 +106,11 @@ pub enum IssuerError {
         "a rotation is under way: an older root is still trusted; see `proxy-server ca show` for when it leaves, or take it away with `proxy-server ca retire`"
     )]
     UnderWay,
+    /// It is another than the one that was decided about.
+    #[error(
+        "the authority was changed at the same moment, and nothing was done: see `proxy-server ca show` for what it is now"
+    )]
+    Changed,
     /// A configured SAN is no DNS name.
     #[error("{name:?} cannot stand in a certificate as DNS name")]
     DnsName {

@@ -42,7 +42,7 @@ pub(crate) struct Authority {
 /// An authority is not taken over.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TakeError {
-    /// Whoever trusts the one we have does not trust the other.
+    /// Nothing says that it comes from ours.
     #[error(
         "the authority was replaced by one that does not come from ours by a rotation: {found} in place of {ours}; a restart of this server adopts it"
     )]

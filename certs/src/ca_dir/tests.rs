@@ -75,6 +75,11 @@ fn an_authority_is_set_aside_and_not_lost() {
     assert!(dir.load(&domain()).unwrap().is_none());
     let kept = CaDir::new(aside).load(&domain()).unwrap().unwrap();
     assert_eq!(kept, ca);
+    // Back again, and away again.
+    dir.save(&ca).unwrap();
+    let again = dir.set_aside("abc").unwrap();
+    let kept = CaDir::new(again).load(&domain()).unwrap().unwrap();
+    assert_eq!(kept, ca);
 }
 
 #[test]

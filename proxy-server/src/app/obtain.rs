@@ -79,11 +79,8 @@ pub(super) async fn obtain(
     }
 }
 
-/// Keeps a copy. What is there and is another authority is moved aside: its key may be the only one there is.
+/// Keeps a copy, marked as one: what was an authority of its own is changed here no longer. What is there and is another authority is moved aside: its key may be the only one there is.
 async fn keep(dir: &CaDir, vault: &Vault, cached: Option<&Ca>, ca: &Ca) -> anyhow::Result<()> {
-    if cached == Some(ca) {
-        return Ok(());
-    }
     if let Some(cached) = cached
         && !ca.follows(cached.pin())
     {

@@ -145,7 +145,7 @@ pub fn ca_rotate(args: &StateArgs, keep: Option<Duration>) -> anyhow::Result<Str
 /// `ca retire`
 ///
 /// # Errors
-/// There is nothing to retire or it is not time, or the authority can't be changed where it is kept.
+/// There is nothing to retire, it is not time, somebody else changes it at that moment, or the authority can't be changed where it is kept.
 pub fn ca_retire(args: &StateArgs, force: bool) -> anyhow::Result<String> {
     let (place, _grace) = Place::find(args)?;
     let ca = place.read()?;
@@ -158,7 +158,14 @@ pub fn ca_retire(args: &StateArgs, force: bool) -> anyhow::Result<String> {
         "leaves of the older root may be in use until {}: agents and clients that have nothing newer would have to enrol again; --force does it all the same",
         time(at.as_secs())
     );
-    let ca = place.update(|ca| Ok(ca.retire()))?;
+    // What was looked at, and no root that a rotation has made old since.
+    let ca = place.update(|found| {
+        if *found == ca {
+            Ok(found.retire())
+        } else {
+            Err(IssuerError::Changed)
+        }
+    })?;
     Ok(format!("{} alone is trusted", ca.pin()))
 }
 

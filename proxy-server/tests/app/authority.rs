@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use certs::{Ca, CaDir, Pin, TrustDomain};
+use certs::{Ca, CaDir, IssuerError, Pin, TrustDomain};
 use daemon::{Exit, Listen};
 use proxy_server::App;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::Api;
 use crate::api::objects::Write;
-use crate::api::{Api, Mood};
 use crate::stack::{Stack, bare_session, configuration, eventually, within};
 
 const SECRET: &str = "corvid/corvid-ca";
@@ -34,7 +34,19 @@ pub(crate) async fn again(api: &Api, dir: tempfile::TempDir) -> Stack {
     Stack::launch(dir, &file).await
 }
 
-fn kept(api: &Api) -> Ca {
+/// What is kept is that, whoever has put it there.
+pub(crate) fn put(api: &Api, ca: &Ca) {
+    use base64::Engine as _;
+    use secrecy::ExposeSecret as _;
+    let mut secret = api.object("secrets", SECRET).unwrap();
+    for (name, text) in ca.to_files().unwrap() {
+        let text = base64::engine::general_purpose::STANDARD.encode(text.expose_secret());
+        secret["data"][name] = Value::String(text);
+    }
+    api.set("secrets", SECRET, secret);
+}
+
+pub(crate) fn kept(api: &Api) -> Ca {
     use base64::Engine as _;
     let secret = api.object("secrets", SECRET).unwrap();
     let read = |name: &str| {
@@ -81,7 +93,7 @@ async fn servers_that_start_at_once_make_one_authority_and_know_each_others_agen
     for stack in &stacks {
         bare_session(stack, &own).await.unwrap();
     }
-    // It is in no log and no file that others may read.
+    // The copy of its key is for nobody else.
     let key = std::fs::metadata(stacks[0].state().join("ca/ca.key")).unwrap();
     assert_eq!(
         std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o777,
@@ -126,15 +138,15 @@ async fn without_a_copy_a_server_waits_lives_and_is_not_ready() {
     })
     .await;
     // Neither errors nor nonsense nor what is no authority makes it go on.
-    api.mood(Mood::Status(403));
     api.up().await;
-    for mood in [Mood::Status(403), Mood::Status(500)] {
-        api.mood(mood);
+    for code in [403, 500] {
+        api.refuse_nothing();
+        api.refuse("secrets", code);
         let asked = api.asked("GET secrets");
         eventually("it has asked", || api.asked("GET secrets") > asked + 1).await;
         assert!(
             is_up().await && launching.try_join_next().is_none(),
-            "{mood:?}"
+            "{code}"
         );
     }
     api.set(
@@ -142,7 +154,7 @@ async fn without_a_copy_a_server_waits_lives_and_is_not_ready() {
         SECRET,
         json!({"kind": "Secret", "metadata": {"name": "corvid-ca"}, "data": {"ca.key": "bm9uZQ=="}}),
     );
-    api.mood(Mood::Well);
+    api.refuse_nothing();
     let asked = api.asked("GET secrets");
     eventually("it has read that", || api.asked("GET secrets") > asked + 1).await;
     assert!(is_up().await && launching.try_join_next().is_none());
@@ -223,6 +235,10 @@ async fn the_authority_of_a_single_server_becomes_that_of_the_cluster() {
     let stack = again(&api, dir).await;
     assert_eq!((pin(&stack), kept(&api).pin()), (before, before));
     bare_session(&stack, &own).await.unwrap();
+    // What its directory has is a copy from now on.
+    let dir = CaDir::new(stack.state().join("ca"));
+    let changed = dir.update(&TrustDomain::default(), |ca| Ok(ca.clone()));
+    assert!(matches!(changed, Err(IssuerError::Copy { .. })));
     // A second one with an authority of its own adopts this one, and loses nothing.
     let other = Stack::start("");
     let others = pin(&other);
@@ -252,15 +268,9 @@ async fn a_foreign_authority_is_not_taken_over_while_running() {
     let ours = api.object("secrets", SECRET).unwrap();
     let other = start(&Api::start().await).await;
     let foreign = copy(other.dir.path()).unwrap();
-    let mut secret = ours.clone();
-    for (name, text) in foreign.to_files().unwrap() {
-        use base64::Engine as _;
-        use secrecy::ExposeSecret as _;
-        let text = base64::engine::general_purpose::STANDARD.encode(text.expose_secret());
-        secret["data"][name] = Value::String(text);
-    }
+    put(&api, &foreign);
     for wrong in [
-        secret,
+        api.object("secrets", SECRET).unwrap(),
         json!({"kind": "Secret", "metadata": {}, "data": {}}),
     ] {
         api.set("secrets", SECRET, wrong);

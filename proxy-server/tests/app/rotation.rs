@@ -11,8 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::api::Api;
-use crate::authority::{again, start};
-use crate::stack::{Stack, allow, bare_session, echo, tls, within};
+use crate::authority::{again, kept, put, start};
+use crate::stack::{Stack, allow, bare_session, echo, eventually, tls, within};
 use crate::standing::come;
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -162,7 +162,7 @@ async fn the_old_root_leaves_by_itself_when_its_time_is_over() {
     until_roots(&[&one, &two], 2.0).await;
     renewed(&one, &own).await;
     until_roots(&[&one, &two], 1.0).await;
-    assert!(!copy(&two).follows(first));
+    assert!(!copy(&two).bundle().unwrap().pins().contains(&first));
     bare_session(&two, &own).await.unwrap();
     // A client that was certified holds the next one back.
     let out = one.dir.path().join("kube");
@@ -179,9 +179,60 @@ async fn the_old_root_leaves_by_itself_when_its_time_is_over() {
     until_roots(&[&one, &two], 2.0).await;
     let left = copy(&one).retires_at().unwrap().as_secs() - certs::Clock::system().now().as_secs();
     assert!((2 * 86_400 - 60..=2 * 86_400).contains(&left), "{left}");
-    assert!(copy(&one).follows(second));
+    assert!(copy(&one).bundle().unwrap().pins().contains(&second));
     one.stop().await;
     two.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_hears_of_a_rotation_when_all_is_over_takes_it_over() {
+    let api = Api::start().await;
+    let apart = api.another_door().await;
+    let (one, two) = (start(&api).await, start(&apart).await);
+    let first = copy(&one).pin();
+    apart.refuse("secrets", 500);
+    // As when the old key is in wrong hands.
+    command(&one, |args| commands::ca_rotate(args, None))
+        .await
+        .unwrap();
+    command(&one, |args| commands::ca_retire(args, true))
+        .await
+        .unwrap();
+    let rotated = kept(&api);
+    assert!(rotated.pin() != first && rotated.bundle().unwrap().pins() == [rotated.pin()]);
+    assert_eq!(copy(&two).pin(), first);
+    apart.refuse_nothing();
+    for stack in [&one, &two] {
+        eventually("it works with the new one", || copy(stack) == rotated).await;
+    }
+    let own = one.enrolled("edge1").await;
+    bare_session(&two, &own).await.unwrap();
+    one.stop().await;
+    two.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retirement_is_of_what_was_looked_at_and_of_nothing_newer() {
+    let api = Api::start().await;
+    let one = start(&api).await;
+    command(&one, |args| commands::ca_rotate(args, None))
+        .await
+        .unwrap();
+    until_roots(&[&one], 2.0).await;
+    let rotated = copy(&one);
+    api.hold("PUT secrets");
+    let (args, mut retiring) = (args(one.dir.path()), JoinSet::new());
+    retiring.spawn_blocking(move || commands::ca_retire(&args, true));
+    eventually("it is about to be written", || api.waiting() == 1).await;
+    let next = rotated.retire().rotate(DAY, certs::Clock::system().now());
+    let next = next.unwrap();
+    put(&api, &next);
+    api.release();
+    let refused = within(retiring.join_next()).await.unwrap().unwrap();
+    let refused = format!("{:#}", refused.unwrap_err());
+    assert!(refused.contains("changed at the same moment"), "{refused}");
+    assert_eq!(kept(&api), next, "its old root is trusted on");
+    one.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,5 @@
-//! Leases, ConfigMaps, Services, Pods and Secrets of the emulated API: read, create, replace and merge-patch by resource version, as
-//! kube-apiserver does it, and what one way in to it may do to requests.
+//! Leases, ConfigMaps, Services, Pods and Secrets of the emulated API: read, create, replace and merge-patch by resource
+//! version, as kube-apiserver does it, and what one way in to it may do to requests.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::{Api, Body, Mood, State, status, whole};
+use super::{Api, Body, State, whole};
 
 /// The largest sum of values of a ConfigMap.
 const MOST: usize = 1 << 20;
@@ -136,14 +136,7 @@ pub(super) async fn answer(
     let body = (!body.is_empty()).then(|| serde_json::from_slice::<Value>(&body).unwrap());
     let (resource, namespace, name) = parse(head.uri.path());
     let what = format!("{} {resource}", head.method);
-    let mood = {
-        let mut state = state.lock();
-        state.asked.push((door.number, what.clone()));
-        state.mood
-    };
-    if let Mood::Status(code) = mood {
-        return status(code);
-    }
+    state.lock().asked.push((door.number, what.clone()));
     let refused = door
         .refused
         .lock()
