@@ -7,7 +7,7 @@
 //! | policy | the frontend's rules don't permit it | destination, requester: not allowed |
 //! | pick | no session, here or at another server | node X: no session since …, last error: … |
 //! | open, header | session lost, or another server lacks it | the next way is tried, as no byte of the request is on its way; else session lost |
-//! | open, header | no sign of life | the next way is tried beside it ([`tunnel`]) |
+//! | open, header | no sign of life | the next way is tried beside it (`serve/tunnel.rs`) |
 //! | open, header | stream reset, garbage | node X: the agent's reason or protocol; not tried again |
 //! | reply | none in time; a reason of the agent | node X: no answer in time; the agent's words |
 //! | relay | any | nothing can be said any more: a reset, the reason in log, metric and the next answer |
