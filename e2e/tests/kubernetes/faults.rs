@@ -221,7 +221,7 @@ pub(super) fn killed_agent(cluster: &mut Cluster) -> Result<String> {
     let ended = start.elapsed().as_secs_f64();
     let lines = followed.count()?;
     let later = cluster.kubectl().fails(&["logs", &pod, "-c", "tools"])?;
-    for told in ["node edge1: no session since ", "last error: "] {
+    for told in ["node edge1: no session ", " since ", "last error: "] {
         ensure!(later.contains(told), "{later:?} does not tell {told:?}");
     }
     let seen = other.count()?;
