@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::{Cluster, CoreDns, Egress, NODES, until};
 use serde_json::json;
 
+use crate::logs;
+
 /// For what is written, mounted and read again within seconds.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -82,6 +84,10 @@ pub(super) fn addresses(cluster: &mut Cluster) -> Result<String> {
             Ok(())
         })?;
     }
+    // And that an address is its own is seen by an agent within seconds.
+    until(DEADLINE, "the agents know their addresses", || {
+        logs::one_line_of_each(cluster)
+    })?;
     Ok(format!("{addresses:?}"))
 }
 
