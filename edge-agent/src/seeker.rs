@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | *content* | the sessions that are up are with one server alone, and it has said that there are more |
 //! | *seeking* | a session with another server is up; after each attempt a pause: three short ones, as most balancers place each attempt anew, then 30 s doubling to 5 min |
-//! | *holding* | that session ends, is told to go or gives way to a newer one |
+//! | *holding* | that session ends, is told to go or gives way to a newer one; not sooner sought again than its server asks, and one that was of no use counts as an attempt |
 //!
 //! An attempt that leads to a server that has a session already is given up before its hello, so nothing of it is seen
 //! there but a handshake. The servers say how many they are with each session and whenever that changes, so nothing is
@@ -103,8 +103,13 @@ impl Seeker {
             }
             match self.attempt().await {
                 Some(Ok(live)) => {
-                    self.attempts = 0;
-                    self.hold(&live).await;
+                    let asked = self.hold(&live).await;
+                    // A server that takes everybody and drops them must not be stormed.
+                    self.attempts = match live.is_useful() {
+                        true => 0,
+                        false => self.attempts.saturating_add(1),
+                    };
+                    sleep(obey(Duration::ZERO, asked, rand::random())).await;
                 }
                 Some(Err(error)) => {
                     self.attempts = self.attempts.saturating_add(1);
@@ -151,10 +156,13 @@ impl Seeker {
         Some(session::open(terms, address, held).await)
     }
 
-    /// *Holding*.
-    async fn hold(&self, live: &Live) {
+    /// *Holding*. Says how long its server asked to stay away.
+    async fn hold(&self, live: &Live) -> Duration {
         let mut phase = live.phase();
-        let _gone_is_as_good = phase.wait_for(|phase| *phase != Phase::Up).await.is_err();
+        match phase.wait_for(|phase| *phase != Phase::Up).await.as_deref() {
+            Ok(Phase::Told(away)) => away.retry_after,
+            Ok(Phase::Up | Phase::Superseded | Phase::Ended(_)) | Err(_) => Duration::ZERO,
+        }
     }
 }
 

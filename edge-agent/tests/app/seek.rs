@@ -141,6 +141,36 @@ fn nothing_is_sought_while_there_is_one_server_and_at_once_when_there_are_two() 
 }
 
 #[test]
+fn a_second_server_that_drops_every_session_is_not_stormed() {
+    scenario(
+        "seek::a_second_server_that_drops_every_session_is_not_stormed",
+        async {
+            let ca = TestCa::new();
+            let mut one = Server::one_of(&ca, "s1", 2).await;
+            let mut two = Server::one_of(&ca, "s2", 2).await;
+            let balancer = Balancer::before(vec![one.address, two.address]).await;
+            let mut settings = Settings::new(&ca, &[]);
+            settings.servers = vec![balancer.address.to_string()];
+            let agent = settings.start();
+            let first = one.session().await;
+            for _ in 0..4 {
+                let taken = two.session().await;
+                taken.session.close(Reason::Internal);
+            }
+            // Longer than anything but a long pause.
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            assert!(!two.has_session(), "the next one comes after 15 s at least");
+            agent.has_sessions(1).await;
+            agent.stopped().await;
+            drop(first);
+            one.stop().await;
+            two.stop().await;
+            balancer.tasks.drain(Duration::ZERO).await;
+        },
+    );
+}
+
+#[test]
 fn two_listed_servers_are_enough() {
     scenario("seek::two_listed_servers_are_enough", async {
         let ca = TestCa::new();
