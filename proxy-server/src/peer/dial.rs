@@ -157,16 +157,21 @@ impl Dialler {
         }
     }
 
-    /// Opens a session and runs it in a task of its own.
-    pub(super) async fn open(self: &Arc<Self>, address: SocketAddr) -> Result<Held, DialError> {
+    /// Opens a session and runs it in a task of its own. `was_twin_of` is the server that the address led to when another
+    /// address did as well.
+    pub(super) async fn open(
+        self: &Arc<Self>,
+        address: SocketAddr,
+        was_twin_of: Option<&ServerName>,
+    ) -> Result<Held, DialError> {
         let dial = Endpoint::dial(address, SERVER_SNI, Arc::clone(&self.tls), self.tuning);
         let transport = timeout(HANDSHAKE, dial)
             .await
             .map_err(|_elapsed| DialError::Timeout(address))?
             .map_err(|error| DialError::Quic(address, error))?;
-        let server = self.identify(&transport, address).inspect_err(|error| {
-            transport.close(error.reason());
-        })?;
+        let server = self
+            .identify(&transport, address, was_twin_of)
+            .inspect_err(|error| transport.close(error.reason()))?;
         let (control, accepted) = Control::dial(transport.clone(), &self.offer)
             .await
             .map_err(|error| DialError::Control(address, error))?;
@@ -187,6 +192,7 @@ impl Dialler {
         &self,
         transport: &QuicSession,
         address: SocketAddr,
+        was_twin_of: Option<&ServerName>,
     ) -> Result<ServerName, DialError> {
         let chain = transport.peer_certificates();
         let peer = certs::peer(&chain).map_err(|error| DialError::Certificate(address, error))?;
@@ -196,20 +202,18 @@ impl Dialler {
         let name = peer.identity.name.as_str().parse::<ServerName>();
         let server = name.map_err(|error| DialError::Name(address, error))?;
         let all = self.peers.all();
-        let mut others = all
+        let others = all
             .iter()
-            .filter(|other| other.server == server && other.address != address);
-        let same = |other: &&Arc<PeerSession<QuicSession>>| {
-            other.transport.peer_certificates().first() == chain.first()
-        };
-        if others
-            .clone()
-            .any(|other| same(&other) && !other.is_suspect())
-        {
-            return Err(DialError::Twin(address, server));
-        }
-        if server == self.offer.agent || others.any(|other| !same(&other)) {
-            tracing::error!(%address, %server, "two proxy-servers have one name: agents take them for the same one and keep a session with one of them only; set `name`");
+            .filter(|other| other.server == server && other.address != address)
+            .map(|other| Other {
+                same: other.transport.peer_certificates().first() == chain.first(),
+                suspect: other.is_suspect(),
+            });
+        match kinship(others, was_twin_of == Some(&server)) {
+            Kinship::Twin => return Err(DialError::Twin(address, server)),
+            Kinship::Namesake => say_one_name(address, &server),
+            Kinship::None if server == self.offer.agent => say_one_name(address, &server),
+            Kinship::None => {}
         }
         Ok(server)
     }
@@ -308,6 +312,41 @@ impl Dialler {
     }
 }
 
+/// A session, by another address, with a server of the name that the dialled one has.
+#[derive(Debug, Clone, Copy)]
+struct Other {
+    /// Its certificate is the very same one.
+    same: bool,
+    suspect: bool,
+}
+
+/// What a server that was dialled is to those of its name that there are sessions with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kinship {
+    None,
+    /// It is that one, by another way.
+    Twin,
+    /// It is another one.
+    Namesake,
+}
+
+/// A server renews its certificate while a session that began with the old one lasts, so an address that was seen to
+/// lead to the same server still does. A session that is silent may be with a process that is no more.
+fn kinship(mut others: impl Iterator<Item = Other> + Clone, was_twin: bool) -> Kinship {
+    let alive = |other: &Other| !other.suspect;
+    if others.clone().any(|o| alive(&o) && (o.same || was_twin)) {
+        Kinship::Twin
+    } else if others.any(|o| alive(&o) && !o.same) {
+        Kinship::Namesake
+    } else {
+        Kinship::None
+    }
+}
+
+fn say_one_name(address: SocketAddr, server: &ServerName) {
+    tracing::error!(%address, %server, "two proxy-servers have one name: agents take them for the same one and keep a session with one of them only; set `name`");
+}
+
 /// Once told to leave: resolves when no stream is left, after a while in which what is nowhere else may still be asked
 /// for here.
 async fn run_out<S>(session: &PeerSession<S>, leave: &CancellationToken) -> Reason {
@@ -326,6 +365,26 @@ mod tests {
 
     use super::*;
     use crate::peer::known::testing::session;
+
+    #[test]
+    fn a_renewed_certificate_makes_no_other_server_of_a_second_address() {
+        let other = |same, suspect| Other { same, suspect };
+        let (same, renewed, silent) = (other(true, false), other(false, false), other(false, true));
+        for (others, was_twin, is) in [
+            (&[][..], true, Kinship::None),
+            (&[same], false, Kinship::Twin),
+            (&[renewed, same], false, Kinship::Twin),
+            (&[renewed], true, Kinship::Twin),
+            (&[renewed], false, Kinship::Namesake),
+            // What is silent is taken over from, and may be what was before a restart.
+            (&[silent], true, Kinship::None),
+            (&[silent], false, Kinship::None),
+            (&[other(true, true)], false, Kinship::None),
+            (&[silent, renewed], false, Kinship::Namesake),
+        ] {
+            assert_eq!(kinship(others.iter().copied(), was_twin), is, "{others:?}");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_session_that_is_to_go_stays_a_while_and_until_its_streams_have_ended() {

@@ -38,6 +38,8 @@ pub(super) struct Supervisor {
     unwanted: CancellationToken,
     /// In a row.
     failures: u32,
+    /// The server that another address leads to as well.
+    twin_of: Option<ServerName>,
 }
 
 impl Supervisor {
@@ -51,6 +53,7 @@ impl Supervisor {
             address,
             unwanted: unwanted.clone(),
             failures: 0,
+            twin_of: None,
         }
     }
 
@@ -69,8 +72,10 @@ impl Supervisor {
         let mut held: Option<Held> = None;
         let peers = Arc::clone(&self.dialler.peers);
         loop {
-            match self.dialler.open(self.address).await {
+            let opened = self.dialler.open(self.address, self.twin_of.as_ref()).await;
+            match opened {
                 Ok(new) => {
+                    self.twin_of = None;
                     // Make before break: the old one serves until the new one knows as much.
                     let old = held.replace(new);
                     let Some(new) = held.as_mut() else { continue };
@@ -86,6 +91,7 @@ impl Supervisor {
                     tracing::debug!(address = %self.address, %server, "parked");
                     peers.stands(self.address, Standing::Twin(server.clone()));
                     self.while_there(&server).await;
+                    self.twin_of = Some(server);
                 }
                 Err(error) => {
                     let reason = error.reason();
