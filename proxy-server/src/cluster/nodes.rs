@@ -24,7 +24,7 @@ use crate::config::Kubernetes;
 
 /// The annotation by which a node names the agent that serves it.
 pub const AGENT: &str = "corvid.io/agent";
-/// Where a kubelet listens that does not say where.
+/// Where a kubelet listens that does not say where, or nowhere that is a port.
 pub const KUBELET_PORT: u16 = 10250;
 /// Addresses, and names, that are kept of a node; real ones have a handful. A kubelet writes them itself.
 const MOST: usize = 32;
@@ -79,9 +79,18 @@ struct Endpoints {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 struct Endpoint {
-    // Kubernetes spells it so.
+    // Kubernetes spells it so, and takes any number: one that is no port must not make the whole list unreadable.
     #[serde(rename = "Port")]
-    port: u16,
+    port: i64,
+}
+
+impl Endpoint {
+    fn port(&self) -> u16 {
+        u16::try_from(self.port)
+            .ok()
+            .filter(|port| *port != 0)
+            .unwrap_or(KUBELET_PORT)
+    }
 }
 
 impl Resource for Watched {
@@ -174,7 +183,6 @@ impl Node {
         let mut pod_cidrs: Vec<IpNet> = cidrs.filter_map(|cidr| cidr.parse().ok()).collect();
         pod_cidrs.dedup();
         let ready = |c: &Condition| c.kind == "Ready" && c.status == "True";
-        let port = status.daemon_endpoints.kubelet_endpoint.port;
         let (addresses, internal) = addresses(&status.addresses);
         Some(Self {
             uid: metadata.uid.unwrap_or_default(),
@@ -185,7 +193,7 @@ impl Node {
             region: labels.get(&settings.region_label).cloned(),
             pool: pool.cloned(),
             ready: status.conditions.iter().any(ready),
-            kubelet_port: if port == 0 { KUBELET_PORT } else { port },
+            kubelet_port: status.daemon_endpoints.kubelet_endpoint.port(),
             agent,
             edge,
             name,

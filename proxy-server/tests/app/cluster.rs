@@ -563,3 +563,26 @@ fn resident() -> usize {
         .unwrap()
         << 10
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_claims_an_impossible_port_hides_no_other() {
+    let api = Api::start().await;
+    // A kubelet writes its port itself, and kube-apiserver takes any number.
+    let claiming = |name: &str, address: &str, port: i64| {
+        let mut node = edge(name, &[address]);
+        node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] = json!(port);
+        node
+    };
+    api.put(claiming("hostile1", "192.168.1.1", 70_000));
+    api.put(edge("edge1", &["192.168.1.10"]));
+    let stack = start(&api, "");
+    is_told(&stack, "192.168.1.10:10250", "node edge1: no session").await;
+    is_told(&stack, "192.168.1.1:10250", "node hostile1: no session").await;
+    // Nor one that comes later.
+    api.put(claiming("hostile2", "192.168.1.2", -1));
+    api.put(edge("edge2", &["192.168.1.20"]));
+    is_told(&stack, "192.168.1.20:10250", "node edge2: no session").await;
+    is_told(&stack, "192.168.1.2:10250", "node hostile2: no session").await;
+    assert_eq!(stack.metric("corvid_cluster_failures_total").await, 0.0);
+    stack.stop().await;
+}
