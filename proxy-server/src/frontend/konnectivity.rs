@@ -176,12 +176,6 @@ impl ProxyService for Calls {
         request: Request<Streaming<Packet>>,
     ) -> Result<Response<Packets>, Status> {
         self.called.cancel();
-        let Konnectivity {
-            forwarder,
-            elsewhere,
-            policy,
-            tasks,
-        } = &*self.frontend;
         let (packets, queue) = mpsc::channel(PACKETS);
         let gone = CancellationToken::new();
         let answer = Packets {
@@ -189,15 +183,13 @@ impl ProxyService for Calls {
             _gone: gone.clone().drop_guard(),
         };
         let call = Arc::new(Call {
-            forwarder: Arc::clone(forwarder),
-            elsewhere: **elsewhere.load(),
+            frontend: Arc::clone(&self.frontend),
             requester: self.requester.clone(),
-            policy: policy.load_full(),
-            tasks: tasks.clone(),
             table: Arc::default(),
             packets,
             gone,
         });
+        let tasks = &self.frontend.tasks;
         tasks.spawn("konnectivity", call.run(request.into_inner()));
         Ok(Response::new(answer))
     }

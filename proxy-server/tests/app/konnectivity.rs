@@ -21,7 +21,10 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{Stack, allow, bare_session, descriptors, echo, eventually, half_agent, within};
+use crate::stack::{
+    Stack, allow, bare_session, configuration_of, descriptors, echo, eventually, half_agent,
+    reloaded, rewrite, text, within,
+};
 
 /// No call of any kind is left.
 async fn idle(stack: &Stack) {
@@ -561,4 +564,51 @@ async fn what_does_not_end_in_a_drain_is_cut_with_a_reason() {
     assert_eq!(call.closed(id).await, format!("{address}: stopping"));
     assert!(call.heard().await.unwrap().is_none());
     assert_eq!(stack.exit().await, Exit::Drained);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_rules_are_for_new_dials_of_a_call_that_is_open_too() {
+    let mut edge = JoinSet::new();
+    let port = echo(&mut edge).await;
+    let dir = tempfile::tempdir().unwrap();
+    let uid = nix::unistd::geteuid().as_raw();
+    let frontend = format!(
+        "- {{type: konnectivity, listen: 'unix:{}/konnectivity.sock', default: direct, \
+         allow: [{{uids: [{uid}], nodes: [edge1], elsewhere: true, ports: [{port}]}}]}}\n",
+        dir.path().display()
+    );
+    let file = configuration_of(dir.path(), &frontend, "");
+    let mut stack = Stack::start_with(dir, &file);
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    let mut call = Call::alone(&stack).await;
+    let to = format!("edge1:{port}");
+    let id = call.dial(&to, 1).await.unwrap();
+    let before = text(&file);
+    rewrite(&file, &before.replace("nodes: [edge1]", "nodes: [edge7]"));
+    stack.reload.reload();
+    reloaded(&stack, 1.0).await;
+    let said = call.dial(&to, 2).await.unwrap_err();
+    assert!(said.contains("may not ask for it"), "{said}");
+    // The connection that is open goes on.
+    call.say(data(id, "still here")).await;
+    assert_eq!(call.bytes(id, 10).await, b"still here");
+    // What is not at the edge is dialled no more either.
+    let elsewhere = format!("localhost:{port}");
+    let said = call.dial(&elsewhere, 3).await.unwrap_err();
+    assert!(
+        said.contains("may not be dialled") || said.contains("never dialled"),
+        "{said}"
+    );
+    rewrite(&file, &before.replace("default: direct, ", ""));
+    stack.reload.reload();
+    reloaded(&stack, 2.0).await;
+    let said = call.dial(&elsewhere, 4).await.unwrap_err();
+    assert!(said.contains("no node at the edge"), "{said}");
+    let id = call.dial(&to, 5).await.unwrap();
+    call.say(close(id)).await;
+    call.closed(id).await;
+    drop(call);
+    idle(&stack).await;
+    stack.stop().await;
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use daemon::Tasks;
 use proto::{Destination, Reason, RelayEnd};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
@@ -18,12 +17,11 @@ use super::connection::ConnectionIo;
 use super::pb::packet::Payload;
 use super::pb::{Data, DialRequest, Packet, PacketType};
 use super::table::Table;
-use super::{NAME, packet};
-use crate::config::Elsewhere;
+use super::{Konnectivity, NAME, packet};
 use crate::error::Refusal;
-use crate::frontend::policy::{Policy, Requester};
+use crate::frontend::policy::Requester;
 use crate::record::{Outcome, Path};
-use crate::serve::{Forwarder, Request};
+use crate::serve::Request;
 
 /// Dials and connections of one call. A requester that has more takes another call.
 const MOST: usize = 1_024;
@@ -36,12 +34,9 @@ struct Gone;
 
 /// One call.
 pub(super) struct Call {
-    pub(super) forwarder: Arc<Forwarder>,
-    pub(super) elsewhere: Elsewhere,
+    /// Asked for each dial anew: what it permits may change while a call is open.
+    pub(super) frontend: Arc<Konnectivity>,
     pub(super) requester: Requester,
-    pub(super) policy: Arc<Policy>,
-    /// Owner of what is dialled.
-    pub(super) tasks: Tasks,
     pub(super) table: Arc<Table>,
     /// To the requester; `None` ends the call.
     pub(super) packets: mpsc::Sender<Option<Packet>>,
@@ -52,7 +47,7 @@ pub(super) struct Call {
 impl Call {
     /// Serves the call until the requester ends it or, while we stop, until nothing is left in it.
     pub(super) async fn run(self: Arc<Self>, mut incoming: Streaming<Packet>) {
-        let stopping = self.tasks.stopping();
+        let stopping = self.frontend.tasks.stopping();
         // A call that comes while we stop is there to be told so: it may dial once.
         let late = stopping.is_cancelled();
         let mut dials = 0;
@@ -66,7 +61,7 @@ impl Call {
                 () = self.gone.cancelled() => break,
                 next = incoming.message() => next,
                 () = drained, if !late || dials > 0 => break,
-                () = sleep(self.forwarder.timeouts.header), if dials == 0 => break,
+                () = sleep(self.frontend.forwarder.timeouts.header), if dials == 0 => break,
             };
             // tonic does not tell a call that was reset from one whose requester has no more to say.
             let Ok(Some(packet)) = next else { break };
@@ -117,7 +112,7 @@ impl Call {
     async fn dial(self: &Arc<Self>, request: DialRequest) -> Result<(), Gone> {
         let random = request.random;
         let begun = destination(&request).and_then(|destination| {
-            if self.tasks.stopping().is_cancelled() {
+            if self.frontend.tasks.stopping().is_cancelled() {
                 return Err(Refusal::about("proxy-server", Reason::Draining));
             }
             if self.table.len() >= MOST {
@@ -133,11 +128,11 @@ impl Call {
         match begun {
             Ok((destination, cancel)) => {
                 let carry = Arc::clone(self).carry(random, destination, cancel);
-                self.tasks.spawn("konnectivity", carry);
+                self.frontend.tasks.spawn("konnectivity", carry);
                 Ok(())
             }
             Err(refusal) => {
-                let metrics = &self.forwarder.metrics;
+                let metrics = &self.frontend.forwarder.metrics;
                 metrics.stream(NAME, Path::None, Outcome::Failed(refusal.reason));
                 tracing::info!(target: "access", frontend = NAME, requester = %self.requester, from = self.requester.source(), reason = refusal.reason.label(), said = %refusal, "request refused");
                 self.say(packet::refused(random, &refusal.sentence)).await
@@ -188,14 +183,20 @@ impl Call {
         destination: Destination,
         cancel: CancellationToken,
     ) {
+        let Konnectivity {
+            forwarder,
+            elsewhere,
+            policy,
+            ..
+        } = &*self.frontend;
         let request = Request {
             frontend: NAME,
             requester: self.requester.clone(),
             destination: destination.clone(),
-            elsewhere: self.elsewhere,
-            policy: Arc::clone(&self.policy),
+            elsewhere: **elsewhere.load(),
+            policy: policy.load_full(),
         };
-        let opened = match self.forwarder.open(request, cancel.cancelled()).await {
+        let opened = match forwarder.open(request, cancel.cancelled()).await {
             Ok(opened) => opened,
             Err(refusal) => {
                 if !cancel.is_cancelled() {
