@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | name in `routes` | that entry's agent; it dials the entry's address, if it has one and is another machine |
 //! | address in `routes`, the most specific entry first | its agent; two agents at the same length: refused, both named |
-//! | name or address of a node of the cluster | [`ClusterTable`] |
+//! | name or address of a node of the cluster | [`ClusterTable`]; what a kubelet calls itself is not believed if it is the name of an agent that does not serve it |
 //! | name of a known agent (it enrolled, or has or had a session) | that agent: an edge outside the cluster |
 //! | anything else | not at the edge: the frontend's own default |
 

@@ -3,7 +3,7 @@
 //! | destination | route |
 //! | --- | --- |
 //! | name of a node | its agent if it is at the edge, else not at the edge |
-//! | another name of one node (Hostname, InternalDNS, ExternalDNS) | as its name; a node's own name goes before |
+//! | another name of one node (Hostname, InternalDNS, ExternalDNS) | as its name; a node's own name goes before, and that of an agent which none of the claimants is served by |
 //! | address of one node | as its name, dialled as it was asked for |
 //! | name or address that several nodes claim, one at the edge among them | refused, all named; unless one agent serves all of them |
 //! | name or address that nodes claim, none at the edge | not at the edge |
@@ -89,6 +89,11 @@ impl ClusterTable {
                     return Some(Ok(towards(node, node.dialled(name), known)));
                 }
                 let claims = self.aliases.get(name)?;
+                // Its certificate says whose name that is; a kubelet only says so.
+                let agent = name.parse::<AgentName>().ok().filter(&known);
+                if agent.is_some_and(|agent| claims.iter().all(|node| node.agent != agent)) {
+                    return None;
+                }
                 let dialled = |node: &Node| node.dialled(name);
                 Some(one_of(claims, format_args!("name {name}"), dialled, known))
             }

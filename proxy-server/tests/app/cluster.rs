@@ -586,3 +586,21 @@ async fn a_node_that_claims_an_impossible_port_hides_no_other() {
     assert_eq!(stack.metric("corvid_cluster_failures_total").await, 0.0);
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agents_own_name_leads_to_it_whatever_a_kubelet_calls_itself() {
+    let api = Api::start().await;
+    let mut stack = start(&api, "");
+    let mut tasks = JoinSet::new();
+    let port = shouter(&mut tasks).await;
+    // An edge outside the cluster, and a node of the cluster that takes its name; only the former lets anybody in.
+    stack.agent("press", &allow(&[port]));
+    stack.agent("edge1", "");
+    stack.sessions("press", 1).await;
+    stack.sessions("edge1", 1).await;
+    is_told(&stack, &format!("press:{port}"), "200").await;
+    api.put(edge("edge1", &["192.168.1.10", "press", "one.site"]));
+    is_told(&stack, &format!("one.site:{port}"), "node edge1").await;
+    assert_eq!(told(&stack, &format!("press:{port}")).await, "200");
+    stack.stop().await;
+}
