@@ -1,4 +1,7 @@
 //! How often enrolment may be asked for: in all, and from one address. Bounded memory.
+//!
+//! Agents that show their certificates are counted by themselves: whatever strangers do, and from however many addresses,
+//! who is in stays in.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU32;
@@ -7,8 +10,13 @@ use std::time::Duration;
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 
+use crate::identity::Name;
+
 /// Addresses remembered at a time, some 100 bytes each.
 const MAX_ADDRESSES: usize = 10_000;
+
+/// Renewals of one agent a minute, also as a burst. A healthy one needs two a day.
+const OF_ONE_AGENT: NonZeroU32 = NonZeroU32::new(12).unwrap();
 
 /// What a stranger is told who comes when all addresses are taken: they are forgotten within a minute.
 const FULL: Duration = Duration::from_secs(60);
@@ -18,7 +26,7 @@ const FULL: Duration = Duration::from_secs(60);
 pub struct EnrollLimits {
     /// From one IPv4 address or IPv6 /64, also as a burst. Agents behind one NAT share it.
     pub per_address_per_minute: NonZeroU32,
-    /// In all, also as a burst.
+    /// In all, also as a burst; as often again by agents that show their certificates.
     pub per_second: NonZeroU32,
 }
 
@@ -38,6 +46,8 @@ impl Default for EnrollLimits {
 pub(super) struct Limiter {
     all: DefaultDirectRateLimiter,
     by_address: DefaultKeyedRateLimiter<IpAddr>,
+    agents: DefaultDirectRateLimiter,
+    by_agent: DefaultKeyedRateLimiter<Name>,
     clock: DefaultClock,
 }
 
@@ -46,6 +56,8 @@ impl Limiter {
         Self {
             all: RateLimiter::direct(Quota::per_second(limits.per_second)),
             by_address: RateLimiter::keyed(Quota::per_minute(limits.per_address_per_minute)),
+            agents: RateLimiter::direct(Quota::per_second(limits.per_second)),
+            by_agent: RateLimiter::keyed(Quota::per_minute(OF_ONE_AGENT)),
             clock: DefaultClock::default(),
         }
     }
@@ -65,6 +77,19 @@ impl Limiter {
             .check_key(&network(address))
             .map_err(|until| until.wait_time_from(now))?;
         self.all.check().map_err(|until| until.wait_time_from(now))
+    }
+
+    /// As [`Limiter::check`], for an agent that has shown its certificate.
+    pub(super) fn check_agent(&self, agent: &Name) -> Result<(), Duration> {
+        // As many at the most as there are certificates, so there is always room for one.
+        if self.by_agent.len() >= MAX_ADDRESSES {
+            self.by_agent.retain_recent();
+        }
+        let now = self.clock.now();
+        self.by_agent
+            .check_key(agent)
+            .and_then(|()| self.agents.check())
+            .map_err(|until| until.wait_time_from(now))
     }
 }
 
@@ -131,5 +156,19 @@ mod tests {
                 .unwrap_err();
         }
         assert!(limiter.by_address.len() <= MAX_ADDRESSES);
+    }
+
+    #[test]
+    fn agents_are_counted_by_themselves_and_each_for_itself() {
+        let limiter = limiter(1, 100);
+        let stranger = address("192.0.2.1");
+        limiter.check(stranger).unwrap();
+        limiter.check(stranger).unwrap_err();
+        let agent = |name: &str| Name::parse(name).unwrap();
+        for _ in 0..OF_ONE_AGENT.get() {
+            limiter.check_agent(&agent("edge1")).unwrap();
+        }
+        limiter.check_agent(&agent("edge1")).unwrap_err();
+        limiter.check_agent(&agent("edge2")).unwrap();
     }
 }

@@ -244,8 +244,12 @@ impl EnrollService {
         let node_uid = agent.and_then(|peer| peer.node_uid.as_ref());
         note.agent.clone_from(&name);
         note.node_uid = node_uid.cloned();
-        self.limit(caller)?;
-        let name = name.ok_or(Refusal::NoCertificate)?;
+        let Some(name) = name else {
+            self.limit(caller)?;
+            return Err(Refusal::NoCertificate);
+        };
+        let limited = self.shared.limiter.check_agent(&name);
+        limited.map_err(|after| Refusal::RateLimited { after })?;
         let csr = check_csr(&request.csr)?;
         self.unless_revoked(&name).await?;
         if let (Some(nodes), Some(uid)) = (&self.shared.nodes, node_uid)
