@@ -317,6 +317,10 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
         HeaderName::from_static("proxy-connection"),
         HeaderName::from_static("keep-alive"),
     ];
+    // RFC 9112 section 6.3: the coding counts, and nobody further on may believe the length.
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     for name in fixed.into_iter().chain(named) {
         headers.remove(name);
     }

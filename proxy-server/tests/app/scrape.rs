@@ -3,6 +3,7 @@
 use proto::transport::Session as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::stack::{
@@ -329,5 +330,63 @@ async fn discovery_without_a_cluster_lists_agents_and_configured_nodes() {
         line.contains("404") && body.contains("/sd/kubelet"),
         "{line} {body}"
     );
+    stack.stop().await;
+}
+
+/// One that answers each request with these bytes, and says what was asked.
+async fn answering(tasks: &mut JoinSet<()>, answer: &'static str) -> (u16, mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (tell, asked) = mpsc::channel(8);
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let tell = tell.clone();
+            connections.spawn(async move {
+                let mut buffer = Vec::new();
+                while let Ok(1..) = stream.read_buf(&mut buffer).await {
+                    let seen = String::from_utf8(buffer.clone()).unwrap();
+                    let whole = match seen.contains("chunked") {
+                        true => seen.ends_with("0\r\n\r\n"),
+                        false => seen.contains("\r\n\r\n"),
+                    };
+                    if whole {
+                        buffer.clear();
+                        tell.send(seen).await.unwrap();
+                        stream.write_all(answer.as_bytes()).await.unwrap();
+                    }
+                }
+            });
+        }
+    });
+    (port, asked)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_length_beside_a_coding_goes_no_further() {
+    let mut stack = Stack::start("");
+    let mut edge = JoinSet::new();
+    // RFC 9112 section 6.3: the coding counts, and the length must not be passed on.
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nanswer\r\n0\r\n\r\n";
+    let (port, mut asked) = answering(&mut edge, answer).await;
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    for lengths in [
+        "Content-Length: 3\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked\r\nContent-Length: 3",
+    ] {
+        let request = format!(
+            "POST http://edge1:{port}/ HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n{lengths}\r\n\r\n8\r\nquestion\r\n0\r\n\r\n"
+        );
+        let (line, body) = ask(&stack, &request).await;
+        assert!(line.starts_with("HTTP/1.1 200"), "{line}");
+        assert!(body.contains("answer"), "the answer is cut: {body}");
+        let seen = within(asked.recv()).await.unwrap();
+        assert!(seen.contains("question"), "the question is cut: {seen}");
+        assert!(
+            !seen.to_ascii_lowercase().contains("content-length"),
+            "{seen}"
+        );
+    }
     stack.stop().await;
 }
