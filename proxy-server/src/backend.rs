@@ -30,7 +30,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Standing, Verdict};
-use crate::limits::{Knock, Limits};
+use crate::limits::{Knock, Limits, Side};
 use crate::registry::{Doubt, LiveSession, Lost};
 use crate::serve::Forwarder;
 
@@ -71,7 +71,7 @@ impl Backend {
     pub async fn accept(self: Arc<Self>, endpoint: Endpoint) {
         let refused = || self.forwarder.metrics.refused(Reason::Overloaded);
         while let Some((incoming, permit)) =
-            next_to_enter(&endpoint, &self.forwarder.limits, refused).await
+            next_to_enter(&endpoint, Side::Agents, &self.forwarder.limits, refused).await
         {
             let backend = Arc::clone(&self);
             self.tasks.spawn("session", async move {
@@ -357,12 +357,13 @@ impl Backend {
 /// closed. Those for whom there is none are turned away.
 pub(crate) async fn next_to_enter(
     endpoint: &Endpoint,
+    side: Side,
     limits: &Limits,
     refused: impl Fn(),
 ) -> Option<(Incoming, OwnedSemaphorePermit)> {
     loop {
         let incoming = endpoint.accept().await?;
-        match limits.knock(incoming.is_validated()) {
+        match limits.knock(side, incoming.is_validated()) {
             Knock::Enter(permit) => return Some((incoming, permit)),
             Knock::Retry => incoming.retry(),
             Knock::Refuse => {

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | streams | the request is refused with [`Reason::Overloaded`] |
 //! | pending dials | the same; agents that hang can't fill the server |
-//! | handshakes | above a quarter, unproved addresses are asked to come again (Retry); when full, they are turned away |
+//! | handshakes, at each door | above a quarter, unproved addresses are asked to come again (Retry); when full, they are turned away |
 //! | new sessions a second, of one agent and of all | the agent is told when to come again |
 
 use std::num::NonZeroU32;
@@ -27,11 +27,20 @@ const OF_ONE_AGENT: NonZeroU32 = NonZeroU32::new(30).unwrap();
 pub struct Limits {
     streams: Arc<Semaphore>,
     pending: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
+    handshakes: [Arc<Semaphore>; 2],
     most_handshakes: usize,
     sessions: DefaultDirectRateLimiter,
     sessions_of_one: DefaultKeyedRateLimiter<AgentName>,
     clock: DefaultClock,
+}
+
+/// Where handshakes begin. Whoever crowds one door, which may be anybody, keeps nobody out at the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Agents.
+    Agents,
+    /// Other servers.
+    Servers,
 }
 
 /// What to do with a peer that begins a handshake.
@@ -53,7 +62,7 @@ impl Limits {
         Self {
             streams: Arc::new(Semaphore::new(settings.streams)),
             pending: Arc::new(Semaphore::new(settings.pending_dials)),
-            handshakes: Arc::new(Semaphore::new(settings.handshakes)),
+            handshakes: [(); 2].map(|()| Arc::new(Semaphore::new(settings.handshakes))),
             most_handshakes: settings.handshakes,
             sessions: RateLimiter::direct(Quota::per_second(rate)),
             sessions_of_one: RateLimiter::keyed(Quota::per_minute(OF_ONE_AGENT)),
@@ -83,12 +92,17 @@ impl Limits {
 
     /// Whether a peer may begin its handshake; `validated` once it has shown that it receives at its address.
     #[must_use]
-    pub fn knock(&self, validated: bool) -> Knock {
-        let busy = self.most_handshakes - self.handshakes.available_permits();
+    pub fn knock(&self, side: Side, validated: bool) -> Knock {
+        let [agents, servers] = &self.handshakes;
+        let handshakes = match side {
+            Side::Agents => agents,
+            Side::Servers => servers,
+        };
+        let busy = self.most_handshakes - handshakes.available_permits();
         if !validated && busy > self.most_handshakes / 4 {
             return Knock::Retry;
         }
-        Arc::clone(&self.handshakes)
+        Arc::clone(handshakes)
             .try_acquire_owned()
             .map_or(Knock::Refuse, Knock::Enter)
     }
@@ -138,12 +152,12 @@ mod tests {
     #[test]
     fn above_the_mark_strangers_prove_their_address_and_when_full_nobody_enters() {
         let limits = limits();
-        let held: Vec<_> = (0..4).map(|_| limits.knock(true)).collect();
+        let held: Vec<_> = (0..4).map(|_| limits.knock(Side::Agents, true)).collect();
         assert!(held.iter().all(|k| matches!(k, Knock::Enter(_))));
-        assert!(matches!(limits.knock(false), Knock::Retry));
-        assert!(matches!(limits.knock(true), Knock::Refuse));
+        assert!(matches!(limits.knock(Side::Agents, false), Knock::Retry));
+        assert!(matches!(limits.knock(Side::Agents, true), Knock::Refuse));
         drop(held);
-        assert!(matches!(limits.knock(false), Knock::Enter(_)));
+        assert!(matches!(limits.knock(Side::Agents, false), Knock::Enter(_)));
     }
 
     #[test]

@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use super::announce::Announcer;
 use super::{Accepted, ask, members};
 use crate::backend::{leaf_schedule, next_to_enter, unix};
+use crate::limits::Side;
 use crate::serve::Forwarder;
 
 /// Sessions of one server: the one that is used, and the one that takes over from it.
@@ -58,7 +59,7 @@ impl Acceptor {
     pub(crate) async fn accept(self: Arc<Self>, endpoint: Endpoint) {
         let overloaded = || self.count_refused(Reason::Overloaded);
         while let Some((incoming, permit)) =
-            next_to_enter(&endpoint, &self.forwarder.limits, overloaded).await
+            next_to_enter(&endpoint, Side::Servers, &self.forwarder.limits, overloaded).await
         {
             let acceptor = Arc::clone(&self);
             self.tasks.spawn("peer session", async move {

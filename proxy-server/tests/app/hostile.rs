@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use certs::{Clock, Name, Own, ServerSans, TrustDomain};
-use proto::control::{Control, Liveness, Outbox, Quiet};
+use proto::control::{Control, GoAway, Liveness, Outbox, Quiet};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{
     Congestion, Endpoint, QuicError, QuicRecv, QuicSend, QuicSession, Tuning,
@@ -23,7 +23,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
 use crate::fleet::{Kind, announced, fleet, server};
-use crate::stack::{DEADLINE, Stack, allow, end, eventually, rewrite, shouter, text, within};
+use crate::stack::{
+    DEADLINE, Stack, allow, bare_session, end, eventually, rewrite, shouter, text, within,
+};
 
 /// What a server of that name has, signed by the authority of `of`.
 fn server_own(of: &Stack, name: &str) -> Own {
@@ -275,7 +277,7 @@ async fn nobody_but_a_server_of_the_same_authority_comes_in() {
     .await;
     // The other doors don't take a server.
     let visitor = server_own(&a, "proxy-b");
-    if let Ok(session) = crate::stack::bare_session(&a, &visitor).await {
+    if let Ok(session) = bare_session(&a, &visitor).await {
         assert_eq!(end(&session).await, Reason::Tls);
     }
     // One of another name than its certificate's.
@@ -702,5 +704,21 @@ async fn a_peer_may_not_open_streams_on_a_session_that_was_dialled_to_it() {
     let live = Liveness::new(Keepalive::default());
     let ended = within(control.run_with(&live, |_| (), Quiet)).await;
     assert_eq!(ended.reason(), Reason::Protocol);
+    a.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_that_crowd_their_door_keep_no_server_out() {
+    let a = server(None, "proxy-a", Kind::Full, "limits: {handshakes: 4}");
+    let own = a.enrolled("edge1").await;
+    // Each is let in and never says its hello.
+    let mut crowd = Vec::new();
+    for _ in 0..4 {
+        crowd.push(bare_session(&a, &own).await.unwrap());
+    }
+    assert!(bare_session(&a, &own).await.is_err(), "there is room left");
+    let (session, _tasks) = visit(&a, "proxy-b").await;
+    drop(session);
+    drop(crowd);
     a.stop().await;
 }
