@@ -158,7 +158,7 @@ impl Supervisor {
                     self.dialler
                         .peers
                         .stands(self.address, Standing::Failed("it goes away".to_owned()));
-                    return after.max(LEAST_PAUSE);
+                    return after.clamp(LEAST_PAUSE, MOST_PAUSE);
                 }
                 Phase::Ended(reason) => reason,
             };

@@ -722,3 +722,23 @@ async fn agents_that_crowd_their_door_keep_no_server_out() {
     drop(crowd);
     a.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_asks_to_be_left_for_weeks_is_dialled_again_in_seconds() {
+    let a = server(None, "proxy-a", Kind::FrontendsOnly, "");
+    let away = GoAway {
+        reason: Reason::Draining,
+        deadline: Duration::ZERO,
+        retry_after: Duration::from_secs(30 * 86_400),
+        detail: String::new(),
+    };
+    let frames = vec![encode(&pb::ControlFrame::from(away))];
+    let own = server_own(&a, "proxy-x");
+    let impostor = Impostor::listen(&own, "proxy-x", frames, nothing);
+    tell_of(&a, &[impostor.address]);
+    eventually("it is dialled again", || {
+        impostor.sessions.load(Ordering::Relaxed) > 1
+    })
+    .await;
+    a.stop().await;
+}
