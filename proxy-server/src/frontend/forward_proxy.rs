@@ -156,6 +156,9 @@ impl ForwardProxy {
             && uri.authority().is_none()
             && uri.path().starts_with(discovery::PREFIX)
         {
+            if let Err(refusal) = self.policy.load().hear(&requester) {
+                return self.refuse(&requester, &refusal);
+            }
             tracing::info!(target: "access", frontend = NAME, %requester, from = requester.source(), path = uri.path(), "discovery");
             return discovery::answer(&self.forwarder, uri.path());
         }

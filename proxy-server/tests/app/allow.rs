@@ -409,3 +409,26 @@ async fn a_request_over_a_kept_connection_has_a_line_of_its_own() {
     }
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whom_no_rule_names_is_not_told_which_nodes_there_are() {
+    let mut edge = JoinSet::new();
+    let (stack, _port) = guarded(&mut edge).await;
+    let discovery = "GET /sd/kubelet";
+    for how in [As::Client("near"), As::Header(BASIC), As::Header(BEARER)] {
+        let (said, _io) = ask(&stack, 2, how, discovery).await;
+        assert!(said.starts_with("HTTP/1.1 200"), "{how:?}: {said}");
+    }
+    // `far` is named for another network; the last frontend permits nothing to anybody.
+    for (frontend, how) in [
+        (2, As::Client("far")),
+        (2, As::Client("stranger")),
+        (4, As::Client("near")),
+        (4, As::Header(BASIC)),
+        (4, As::Header(BEARER)),
+    ] {
+        let (said, _io) = ask(&stack, frontend, how, discovery).await;
+        assert!(said.starts_with("HTTP/1.1 403"), "{how:?}: {said}");
+    }
+    stack.stop().await;
+}
