@@ -171,7 +171,8 @@ fn parse(bytes: &[u8]) -> Result<Option<(Destination, usize)>, Head> {
         Ok(destination) => Ok(Some((destination, length))),
         Err(error) => Err(bad(
             Reason::BadRequest,
-            &format!("CONNECT {target}: {error}"),
+            // It may have more than ASCII in it, and one line stays one line.
+            &format!("CONNECT {}: {error}", target.escape_debug()),
         )),
     }
 }
@@ -247,6 +248,19 @@ mod tests {
         }
         let many = format!("CONNECT a:1 HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(65));
         assert_eq!(parsed(&many), Err(Reason::TooLarge));
+    }
+
+    #[test]
+    fn what_is_said_of_a_target_is_one_line_without_controls() {
+        for target in ["edge1\u{85}forged:1", "edge1\u{9b}2J:1", "\u{2028}:1"] {
+            let Err(Head::Bad(refusal)) =
+                parse(format!("CONNECT {target} HTTP/1.1\r\n\r\n").as_bytes())
+            else {
+                panic!("{target:?}")
+            };
+            let odd = |c: char| c.is_control() || c == '\u{2028}';
+            assert!(!refusal.sentence.contains(odd), "{:?}", refusal.sentence);
+        }
     }
 
     #[test]

@@ -612,3 +612,21 @@ async fn new_rules_are_for_new_dials_of_a_call_that_is_open_too() {
     idle(&stack).await;
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_of_several_lines_is_refused_in_one() {
+    let stack = Stack::start("");
+    let mut call = Call::alone(&stack).await;
+    for (random, address) in (0..).zip([
+        "edge1:1\n2026 INFO audit: forged",
+        "\u{1b}[2Jedge1:1",
+        "edge1\u{9b}31m:1",
+    ]) {
+        let said = call.dial(address, random).await.unwrap_err();
+        assert!(
+            said.starts_with("dial ") && !said.contains(char::is_control),
+            "{said:?}"
+        );
+    }
+    stack.stop().await;
+}

@@ -258,12 +258,15 @@ fn destination(request: &DialRequest) -> Result<Destination, Refusal> {
     if protocol.len() + address.len() > 300 {
         return Err(bad("dial: the address is too long".to_owned()));
     }
+    // It may be anything, and one line stays one line.
+    let address = address.escape_debug();
     if protocol != "tcp" {
         return Err(bad(format!(
             "dial {address}: only tcp is served here, not {protocol:?}"
         )));
     }
-    address
+    request
+        .address
         .parse()
         .map_err(|error| bad(format!("dial {address}: {error}")))
 }
