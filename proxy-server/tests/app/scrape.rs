@@ -390,3 +390,29 @@ async fn a_length_beside_a_coding_goes_no_further() {
     }
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrape_whose_session_is_lost_is_told_so_and_not_that_the_exporter_broke() {
+    let mut stack = Stack::start("");
+    let mut edge = JoinSet::new();
+    let (port, mut asked) = answering(&mut edge, "HTTP/1.1 200 OK\r\n").await;
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    let request = format!(
+        "GET http://edge1:{port}/ HTTP/1.1\r\nHost: x\r\n{BASIC}\r\nConnection: close\r\n\r\n"
+    );
+    let scraped = ask(&stack, &request);
+    let lost = async {
+        within(asked.recv()).await.unwrap();
+        stack.registry.all()[0]
+            .transport
+            .close(proto::Reason::NodeGone);
+    };
+    let ((line, body), ()) = tokio::join!(scraped, lost);
+    assert!(
+        line.contains(&proto::Reason::NodeGone.http_status().to_string()),
+        "{line}"
+    );
+    assert!(body.contains(proto::Reason::NodeGone.sentence()), "{body}");
+    stack.stop().await;
+}

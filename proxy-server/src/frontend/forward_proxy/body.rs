@@ -9,6 +9,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use proto::Reason;
 
+use super::pool;
 use crate::record::{Outcome, RequestRecord};
 
 type Polled = Poll<Option<Result<Frame<Bytes>, hyper::Error>>>;
@@ -63,9 +64,9 @@ impl Body for Answered {
         let polled = Pin::new(&mut this.body).poll_frame(cx);
         match &polled {
             Poll::Ready(Some(Ok(frame))) => this.record.from_edge += length(frame),
-            Poll::Ready(Some(Err(_))) => {
-                let outcome = Outcome::Failed(Reason::DestinationReset);
-                this.record.end(outcome, "");
+            Poll::Ready(Some(Err(error))) => {
+                let reason = pool::cut(error).unwrap_or(Reason::DestinationReset);
+                this.record.end(Outcome::Failed(reason), "");
             }
             Poll::Ready(None) | Poll::Pending => {}
         }

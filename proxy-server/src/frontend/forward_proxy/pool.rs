@@ -2,10 +2,10 @@
 //! way that it was opened for ([`Way`]) and no other.
 
 use std::error::Error as _;
+use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -83,8 +83,26 @@ impl Pool {
     }
 }
 
+/// Why the stream below was cut, if that is what the error comes from.
+pub(super) fn cut(error: &(dyn std::error::Error + 'static)) -> Option<Reason> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let inner = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        if let Some(CutError(reason)) = inner.and_then(|inner| inner.downcast_ref()) {
+            return Some(*reason);
+        }
+        cause = error.source();
+    }
+    None
+}
+
 /// What the client's error means: mostly a [`Refusal`] of the connector.
 fn refusal(error: &ClientError, dialled: &Destination) -> Refusal {
+    if let Some(reason) = cut(error) {
+        return Refusal::about(dialled, reason);
+    }
     let mut source = error.source();
     while let Some(cause) = source {
         if let Some(ConnectError(refusal)) = cause.downcast_ref() {
@@ -148,11 +166,11 @@ impl tower_service::Service<Uri> for Connector {
                 .await;
             let opened = opened.map_err(ConnectError)?;
             let (near, mut far) = tokio::io::duplex(BUFFER);
-            let cut = Arc::new(AtomicBool::new(false));
+            let cut = Arc::new(OnceLock::new());
             let tell = Arc::clone(&cut);
             tasks.spawn("relay", async move {
-                if let RelayEnd::Cut(_) = opened.relay(&mut far, Bytes::new()).await {
-                    tell.store(true, Ordering::Release);
+                if let RelayEnd::Cut(reason) = opened.relay(&mut far, Bytes::new()).await {
+                    tell.get_or_init(|| reason);
                 }
             });
             Ok(TokioIo::new(Tunnelled { near, cut }))
@@ -165,7 +183,22 @@ impl tower_service::Service<Uri> for Connector {
 #[derive(Debug)]
 struct Tunnelled {
     near: DuplexStream,
-    cut: Arc<AtomicBool>,
+    cut: Arc<OnceLock<Reason>>,
+}
+
+/// A stream was cut.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.sentence())]
+struct CutError(Reason);
+
+impl Tunnelled {
+    fn cut(&self) -> Option<io::Error> {
+        let reason = self.cut.get()?;
+        Some(io::Error::new(
+            io::ErrorKind::ConnectionReset,
+            CutError(*reason),
+        ))
+    }
 }
 
 impl Connection for Tunnelled {
@@ -179,15 +212,15 @@ impl AsyncRead for Tunnelled {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let this = self.get_mut();
         let read = Pin::new(&mut this.near).poll_read(cx, buffer);
         let ended = matches!(read, Poll::Ready(Ok(()))) && buffer.filled().len() == before;
-        if ended && this.cut.load(Ordering::Acquire) {
-            return Poll::Ready(Err(std::io::ErrorKind::ConnectionReset.into()));
+        match this.cut() {
+            Some(cut) if ended => Poll::Ready(Err(cut)),
+            Some(_) | None => read,
         }
-        read
     }
 }
 
@@ -196,15 +229,17 @@ impl AsyncWrite for Tunnelled {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.get_mut().near).poll_write(cx, bytes)
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = ready!(Pin::new(&mut this.near).poll_write(cx, bytes));
+        Poll::Ready(written.map_err(|error| this.cut().unwrap_or(error)))
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().near).poll_flush(cx)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().near).poll_shutdown(cx)
     }
 }
