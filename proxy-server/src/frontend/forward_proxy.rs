@@ -112,11 +112,14 @@ impl ForwardProxy {
         if let Err(error) = ended {
             if error.is_parse() {
                 let sentence = format!("the request is not HTTP/1.1: {error}");
-                let refusal = Refusal {
-                    reason: Reason::BadRequest,
-                    sentence,
+                let (reason, sentence) = if error.is_parse_too_large() {
+                    let limits =
+                        "the request's head is larger than 16 KiB or has more than 64 fields";
+                    (Reason::TooLarge, limits.to_owned())
+                } else {
+                    (Reason::BadRequest, sentence)
                 };
-                self.refuse(&requester, &refusal);
+                self.refuse(&requester, &Refusal { reason, sentence });
             }
             tracing::debug!(%peer, error = %daemon::chain(&error), "forward proxy connection ended");
         }

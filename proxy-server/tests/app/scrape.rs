@@ -416,3 +416,23 @@ async fn a_scrape_whose_session_is_lost_is_told_so_and_not_that_the_exporter_bro
     assert!(body.contains(proto::Reason::NodeGone.sentence()), "{body}");
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_that_is_too_large_is_counted_as_that() {
+    let stack = Stack::start("");
+    let request = format!(
+        "GET http://edge1:9100/ HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n",
+        "x".repeat(20 << 10)
+    );
+    let (line, _) = ask(&stack, &request).await;
+    assert!(line.starts_with("HTTP/1.1 431"), "{line}");
+    let counted =
+        "corvid_streams_total{frontend=\"forward_proxy\",path=\"none\",reason=\"too_large\"}";
+    let counts = async {
+        while stack.metric(counted).await < 1.0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(counts).await;
+    stack.stop().await;
+}
