@@ -362,6 +362,9 @@ fn response(refusal: &Refusal) -> Response<Body> {
         response
             .headers_mut()
             .insert(header::PROXY_AUTHENTICATE, challenge);
+        // Strangers hold no connection: asked again and again, one would last for ever.
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
     }
     response
 }

@@ -436,3 +436,24 @@ async fn a_head_that_is_too_large_is_counted_as_that() {
     within(counts).await;
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_shown_nothing_holds_no_connection() {
+    let stack = Stack::start("");
+    for request in [
+        "GET http://edge1:9100/ HTTP/1.1\r\nHost: x\r\n\r\n",
+        "CONNECT edge1:10250 HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET /sd/kubelet HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Bearer of-a-stranger\r\n\r\n",
+    ] {
+        let mut stream = anonymous(&stack, 2).await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let line = status_line(&mut stream).await;
+        assert!(line.starts_with("HTTP/1.1 407"), "{line}");
+        // To its end, well before an idle one would be closed.
+        let mut body = Vec::new();
+        let rest = stream.read_to_end(&mut body);
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(30), rest).await;
+        assert!(ended.is_ok(), "{request}: the connection stays open");
+    }
+    stack.stop().await;
+}
