@@ -26,7 +26,8 @@ use crate::config::Kubernetes;
 pub const AGENT: &str = "corvid.io/agent";
 /// Where a kubelet listens that does not say where, or nowhere that is a port.
 pub const KUBELET_PORT: u16 = 10250;
-/// Addresses, and names, that are kept of a node; real ones have a handful. A kubelet writes them itself.
+/// Addresses, names, and characters of what is no name, that are kept of a node; real ones have a handful. A kubelet writes
+/// them itself.
 const MOST: usize = 32;
 
 /// What is read of a Node; the rest is skipped while it is parsed.
@@ -149,6 +150,8 @@ pub struct Node {
     pub agent: AgentName,
     /// At the edge by label, annotation or pool.
     pub edge: bool,
+    /// The beginning of an annotation that has no agent's name and is not used.
+    pub misnamed: Option<String>,
 }
 
 impl Node {
@@ -163,18 +166,9 @@ impl Node {
         let (name, labels) = (metadata.name?, metadata.labels.unwrap_or_default());
         let pool = settings.pool_labels.iter().find_map(|key| labels.get(key));
         let annotations = metadata.annotations.unwrap_or_default();
-        let annotated = annotations.get(AGENT);
-        let annotated = annotated.and_then(|agent| match agent.parse() {
-            Ok(agent) => Some(agent),
-            Err(_no_name) => {
-                tracing::warn!(
-                    node = name,
-                    agent,
-                    "annotation {AGENT} has no agent's name and is not used"
-                );
-                None
-            }
-        });
+        let annotation = annotations.get(AGENT);
+        let annotated = annotation.and_then(|agent| agent.parse().ok());
+        let misnamed = annotation.filter(|_| annotated.is_none());
         let of_pool = || settings.pools.get(pool?)?.agent();
         let named: Option<AgentName> = annotated.or_else(of_pool);
         let edge = named.is_some() || settings.edge_selector.matches(&labels);
@@ -194,6 +188,7 @@ impl Node {
             pool: pool.cloned(),
             ready: status.conditions.iter().any(ready),
             kubelet_port: status.daemon_endpoints.kubelet_endpoint.port(),
+            misnamed: misnamed.map(|agent| agent.chars().take(MOST).collect()),
             agent,
             edge,
             name,
@@ -336,6 +331,7 @@ pub(crate) mod tests {
             kubelet_port: 10350,
             agent: "edge1".parse().unwrap(),
             edge: true,
+            misnamed: None,
         };
         assert_eq!(node, wanted);
     }

@@ -13,7 +13,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::client::Source;
-use super::nodes::{Node, Nodes, Watched};
+use super::nodes::{AGENT, Node, Nodes, Watched};
 use super::pace::Pace;
 use super::{Cluster, ClusterTable};
 use crate::config::Kubernetes;
@@ -195,6 +195,7 @@ impl<'a> View<'a> {
             Event::InitApply(watched) => {
                 let listed = self.listed.get_or_insert_default();
                 if let Some(node) = Node::trim(watched, self.settings) {
+                    say_misnamed(&self.nodes, &node);
                     listed.insert(node.name.clone(), Arc::new(node));
                 }
                 Change::None
@@ -214,6 +215,7 @@ impl<'a> View<'a> {
                 {
                     return Change::None;
                 }
+                say_misnamed(&self.nodes, &node);
                 self.nodes.insert(node.name.clone(), Arc::new(node));
                 Change::Some
             }
@@ -228,8 +230,25 @@ impl<'a> View<'a> {
     }
 }
 
+/// Once until it changes: a node is heard of with each of its heartbeats.
+fn say_misnamed(known: &Nodes, node: &Node) {
+    let Some(agent) = &node.misnamed else { return };
+    let before = known.get(&node.name);
+    if before.is_none_or(|before| before.misnamed != node.misnamed) {
+        let node = &node.name;
+        tracing::warn!(
+            node,
+            agent,
+            "annotation {AGENT} has no agent's name and is not used"
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use parking_lot::Mutex;
     use serde_json::json;
 
     use super::*;
@@ -266,6 +285,49 @@ mod tests {
         assert_eq!(view.take(Event::Delete(watched("a", "True"))), Change::None);
         assert_eq!(view.take(Event::Delete(watched("b", "True"))), Change::Some);
         assert!(names(&view).is_empty());
+    }
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_kubelet_writes_as_its_agent_fills_no_log() {
+        let log = Log::default();
+        let sink = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || sink.clone())
+            .finish();
+        let claiming = |ready: &str| {
+            let mut node = watched("a", ready);
+            let annotations = [(AGENT.to_owned(), "no name\n".repeat(10_000))];
+            kube::Resource::meta_mut(&mut node).annotations = Some(annotations.into());
+            node
+        };
+        tracing::subscriber::with_default(subscriber, || {
+            let settings = Kubernetes::default();
+            let mut view = View::new(&ClusterTable::default(), &settings);
+            for _ in 0..10 {
+                view.take(Event::Init);
+                view.take(Event::InitApply(claiming("True")));
+                view.take(Event::InitDone);
+                view.take(Event::Apply(claiming("True")));
+                view.take(Event::Apply(claiming("False")));
+            }
+        });
+        let said = String::from_utf8(log.0.lock().clone()).unwrap();
+        assert_eq!(said.lines().count(), 1, "{} bytes", said.len());
+        assert!(said.contains(AGENT) && said.len() < 1000, "{said}");
     }
 
     #[test]
