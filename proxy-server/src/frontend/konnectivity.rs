@@ -34,6 +34,7 @@
 //! | a packet of unknown type, or whose payload is not of its type | passed over |
 //! | a message over 4 MiB, garbage in place of one | the call ends |
 //! | no call within `timeouts.header`, no dial within a call's first | the connection, the call ends |
+//! | no rule names the requester | it may call once and dial once, to be told so; nothing larger than a dial is read of it |
 //! | we stop | calls without connections end, new dials are refused, the rest may finish within the grace. The socket stays until then: the client would try for 30 s to reach one that is not there, and say nothing of why |
 //!
 //! kube-apiserver puts the socket's path into `:authority`, which no HTTP/2 server in Rust accepts; see `authority.rs`.
@@ -91,6 +92,8 @@ const CALL_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = MAX_CALLS * CALL_WINDOW;
 /// What hyper keeps of a call's answer beside the packets below.
 const SEND_BUFFER: usize = 128 << 10;
+/// Largest message of whoever may not do more than dial.
+const DIAL: usize = 4 << 10;
 /// Packets of a call on their way to the requester. Full: the relays wait, and with them the destinations.
 const PACKETS: usize = 4;
 
@@ -111,32 +114,41 @@ impl Konnectivity {
     /// Serves one connection.
     pub async fn serve(self: Arc<Self>, stream: Stream, peer: Peer) {
         let stopping = self.tasks.stopping();
-        // One that comes while we stop is there to be told so: it may call once.
-        let comes_late = stopping.is_cancelled();
+        let requester = Requester::new(&peer);
+        let named = self.policy.load().hear(&requester).is_ok();
+        // One that comes while we stop, or that no rule names, is there to be told so: it may call once.
+        let once = stopping.is_cancelled() || !named;
         let called = CancellationToken::new();
         let first_call = self.forwarder.timeouts.header;
         let executor = Executor(self.tasks.clone());
         let calls = ProxyServiceServer::new(Calls {
             frontend: self,
-            requester: Requester::new(&peer),
+            requester,
             called: called.clone(),
+            once,
         });
+        let calls = if named {
+            calls
+        } else {
+            calls.max_decoding_message_size(DIAL)
+        };
         let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
             let mut calls = calls.clone();
             async move { calls.call(request).await }
         });
         let connection = http2::Builder::new(executor)
             .timer(TokioTimer::new())
-            .max_concurrent_streams(MAX_CALLS)
+            .max_concurrent_streams(if once { 1 } else { MAX_CALLS })
             .initial_stream_window_size(CALL_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_send_buf_size(SEND_BUFFER)
             .serve_connection(TokioIo::new(Readable::new(stream)), service);
         let late = tokio::time::sleep(first_call).fuse();
         let no_more_calls = async {
-            stopping.cancelled().await;
-            if comes_late {
+            if once {
                 called.cancelled().await;
+            } else {
+                stopping.cancelled().await;
             }
         };
         let no_more_calls = no_more_calls.fuse();
@@ -165,6 +177,8 @@ struct Calls {
     frontend: Arc<Konnectivity>,
     requester: Requester,
     called: CancellationToken,
+    /// It may call once, and dial once.
+    once: bool,
 }
 
 #[tonic::async_trait]
@@ -185,6 +199,7 @@ impl ProxyService for Calls {
         let call = Arc::new(Call {
             frontend: Arc::clone(&self.frontend),
             requester: self.requester.clone(),
+            once: self.once,
             table: Arc::default(),
             packets,
             gone,

@@ -630,3 +630,31 @@ async fn an_address_of_several_lines_is_refused_in_one() {
     }
     stack.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whom_no_rule_names_is_told_so_once_and_holds_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = nix::unistd::geteuid().as_raw() + 1;
+    let frontend = format!(
+        "- {{type: konnectivity, listen: 'unix:{}/konnectivity.sock', allow: [{{uids: [{other}], nodes: ['*'], ports: ['1-65535']}}]}}\n",
+        dir.path().display()
+    );
+    // Nothing ends because it is late.
+    let more = "timeouts: {header: 10m}\nroutes: [{node: edge1}]";
+    let file = configuration_of(dir.path(), &frontend, more);
+    let stack = Stack::start_with(dir, &file);
+    let mut call = Call::alone(&stack).await;
+    let said = call.dial("edge1:10250", 1).await.unwrap_err();
+    assert!(said.contains("may not ask for it"), "{said}");
+    assert!(call.heard().await.unwrap().is_none(), "the call goes on");
+    // What is no dial is not even read.
+    let mut call = Call::alone(&stack).await;
+    call.say(data(1, vec![0; 1 << 20])).await;
+    assert!(call.heard().await.unwrap().is_none(), "it was read");
+    // Nor is there room for more than a call.
+    let mut silent = UnixStream::connect(stack.dir.path().join("konnectivity.sock"))
+        .await
+        .unwrap();
+    assert_eq!(wire::most_calls(&mut silent).await, Some(1));
+    stack.stop().await;
+}

@@ -37,6 +37,8 @@ pub(super) struct Call {
     /// Asked for each dial anew: what it permits may change while a call is open.
     pub(super) frontend: Arc<Konnectivity>,
     pub(super) requester: Requester,
+    /// It is there to be told why not: it may dial once.
+    pub(super) once: bool,
     pub(super) table: Arc<Table>,
     /// To the requester; `None` ends the call.
     pub(super) packets: mpsc::Sender<Option<Packet>>,
@@ -49,11 +51,13 @@ impl Call {
     pub(super) async fn run(self: Arc<Self>, mut incoming: Streaming<Packet>) {
         let stopping = self.frontend.tasks.stopping();
         // A call that comes while we stop is there to be told so: it may dial once.
-        let late = stopping.is_cancelled();
+        let late = self.once || stopping.is_cancelled();
         let mut dials = 0;
         loop {
             let drained = async {
-                stopping.cancelled().await;
+                if !self.once {
+                    stopping.cancelled().await;
+                }
                 self.table.is_empty().await;
             };
             let next = tokio::select! {

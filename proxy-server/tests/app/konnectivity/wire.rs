@@ -63,6 +63,20 @@ async fn answer(socket: &mut UnixStream, stream: u32) -> Packet {
     }
 }
 
+/// How many calls at a time the server's first frame permits (RFC 9113 section 6.5).
+pub(super) async fn most_calls(socket: &mut UnixStream) -> Option<u32> {
+    let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    sent.extend(frame(4, 0, 0, &[]));
+    within(socket.write_all(&sent)).await.unwrap();
+    let mut head = [0; 9];
+    within(socket.read_exact(&mut head)).await.unwrap();
+    assert_eq!(head[3], 4, "no SETTINGS");
+    let mut payload = vec![0; usize::try_from((&head[..3]).get_uint(3)).unwrap()];
+    within(socket.read_exact(&mut payload)).await.unwrap();
+    let mut settings = payload.chunks(6);
+    settings.find_map(|mut setting| (setting.get_u16() == 3).then(|| setting.get_u32()))
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_authority_of_kube_apiserver_is_taken_in_both_forms() {
     let mut stack = Stack::start("");
