@@ -127,7 +127,10 @@ fn one_of(
     dialled: impl Fn(&Node) -> Option<Host>,
     known: impl Fn(&AgentName) -> bool,
 ) -> Result<Route, Refusal> {
-    let Some(first) = claims.iter().find(|node| node.is_edge(&known)) else {
+    let edge = || claims.iter().filter(|node| node.is_edge(&known));
+    // Rules are about nodes: the machine of the agent is meant before others that say they are served by it.
+    let machine = edge().find(|node| node.agent.as_str() == node.name);
+    let Some(first) = machine.or_else(|| edge().next()) else {
         return Ok(Route::Elsewhere);
     };
     // One machine of a site has the address, and the site's agent finds it: nothing to mix up. By name each claimant
@@ -203,6 +206,13 @@ mod tests {
                 &[("InternalIP", "10.0.0.3")],
             ),
             node("thief", edge(), json!({}), &[("InternalIP", "10.0.0.2")]),
+            // Says that it is served by another node's agent, at that node's address.
+            node(
+                "accomplice",
+                edge(),
+                json!({AGENT: "edge1"}),
+                &[("InternalIP", "10.0.0.1")],
+            ),
             node(
                 "press",
                 json!({}),
