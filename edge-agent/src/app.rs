@@ -209,6 +209,7 @@ impl Bound {
         let background = &groups.background;
         let (renewals, renewed) = watch::channel(0);
         let (gone, told_gone) = watch::channel(String::new());
+        let (unknown, told_unknown) = watch::channel(String::new());
         let reload = || {
             let source = self.source.as_ref();
             source.map_or_else(Reload::never, |source| source.reload.clone())
@@ -232,7 +233,10 @@ impl Bound {
             };
             background.critical("credential", operators.run(self.watching, reload()));
         } else {
-            background.critical("renewal", enrolment.keep_renewed(own, renewals, told_gone));
+            background.critical(
+                "renewal",
+                enrolment.keep_renewed(own, renewals, told_gone, told_unknown),
+            );
         }
         if let Some(source) = self.source {
             let reloading = Reloading {
@@ -251,6 +255,7 @@ impl Bound {
             limits: self.config.backoff,
             renewed,
             gone,
+            unknown,
         };
         background.critical("connector", connector.run(background.clone()));
         let ready = ready::keep(Arc::clone(&registry), readiness.clone(), no_session);

@@ -44,6 +44,8 @@ pub(crate) struct Connector {
     pub(crate) renewed: watch::Receiver<u64>,
     /// Fingerprint of the certificate whose node, a server says, is not there any more.
     pub(crate) gone: watch::Sender<String>,
+    /// Fingerprint of the certificate whose authority a server does not know.
+    pub(crate) unknown: watch::Sender<String>,
 }
 
 impl Connector {
@@ -162,6 +164,9 @@ impl Supervisor {
                         .reconnects
                         .get_or_create(&reason.into())
                         .inc();
+                    if error.is_unknown() {
+                        self.shared.unknown.send_replace(self.fingerprint());
+                    }
                     let pause = self.pause(reason, error.retry_after());
                     self.log(&error, pause);
                     tokio::select! {
@@ -185,11 +190,14 @@ impl Supervisor {
         }
     }
 
+    fn fingerprint(&self) -> String {
+        let credential = self.shared.terms.own.credential.load();
+        credential.fingerprint().to_owned()
+    }
+
     fn pause(&mut self, reason: Reason, retry_after: Duration) -> Duration {
         if reason == Reason::NodeGone {
-            let refused = self.shared.terms.own.credential.load();
-            let refused = refused.fingerprint().to_owned();
-            self.shared.gone.send_replace(refused);
+            self.shared.gone.send_replace(self.fingerprint());
         }
         let random = rand::random();
         let pause = if is_hopeless(reason) {

@@ -262,10 +262,11 @@ impl Enrolment {
                 Err(source) => last = JoinError::Server { server, source },
             }
         }
-        // Off for longer than the grace, or of a node that is gone: the token, if there is one, is what is left.
+        // Off for longer than the grace, of a node that is gone, or of an authority that is: the token, if there is one, is
+        // what is left.
         if matches!(
             last.server_error(),
-            Some(EnrollError::TooLate | EnrollError::NodeGone)
+            Some(EnrollError::TooLate | EnrollError::NodeGone | EnrollError::UnknownAuthority)
         ) && self.join.is_some()
         {
             tracing::warn!(error = %chain(&last), "the certificate can't be renewed, enrolling again");
@@ -289,18 +290,27 @@ impl Enrolment {
     }
 
     /// Renews the credential at two thirds of its life and swaps it in place; `renewed` counts. One whose node, a server
-    /// says in `gone`, is not there any more is replaced by a new enrolment at once, if there is a way to one.
+    /// says in `gone`, is not there any more is replaced by a new enrolment at once, if there is a way to one. One whose
+    /// authority a server does not know, it says in `unknown`, is renewed at once, or replaced likewise.
     pub(crate) async fn keep_renewed(
         self,
         own: Own,
         renewed: watch::Sender<u64>,
         mut gone: watch::Receiver<String>,
+        mut unknown: watch::Receiver<String>,
     ) {
         loop {
             let credential = own.credential.load();
             let mut anew = tokio::select! {
                 () = due(&own, credential.renew_at(rand::random()).as_secs()) => false,
-                () = self.refused(&credential, &mut gone) => true,
+                () = self.refused(&credential, &mut gone) => {
+                    tracing::warn!("the node of this certificate is no longer in the cluster, enrolling again");
+                    true
+                }
+                () = self.refused(&credential, &mut unknown) => {
+                    tracing::warn!("a server does not trust the authority of this certificate, renewing it");
+                    false
+                }
             };
             let mut attempt = 0_u32;
             let enrolled = loop {
@@ -341,13 +351,12 @@ impl Enrolment {
         }
     }
 
-    /// Resolves once a server has refused this very certificate for its node, if another can be had.
-    async fn refused(&self, credential: &Credential, gone: &mut watch::Receiver<String>) {
-        let refused = gone.wait_for(|refused| refused == credential.fingerprint());
+    /// Resolves once a server has refused this very certificate for good, if another can be had.
+    async fn refused(&self, credential: &Credential, said: &mut watch::Receiver<String>) {
+        let refused = said.wait_for(|refused| refused == credential.fingerprint());
         if refused.await.is_err() || self.join.is_none() {
             std::future::pending::<()>().await;
         }
-        tracing::warn!("the node of this certificate is no longer in the cluster, enrolling again");
     }
 }
 

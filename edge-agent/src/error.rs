@@ -235,6 +235,17 @@ impl OpenError {
 
     /// What TLS had against it, in words.
     pub(crate) fn tls_failure(&self) -> Option<&'static str> {
+        self.alert().map(HandshakeFailure::sentence)
+    }
+
+    /// Whether a server that this end believes does not know the authority of this end's certificate: it says so once the
+    /// dial has shown who it is.
+    pub(crate) fn is_unknown(&self) -> bool {
+        let dialled = matches!(self, Self::Control { .. });
+        dialled && self.alert() == Some(HandshakeFailure::UnknownIssuer)
+    }
+
+    fn alert(&self) -> Option<HandshakeFailure> {
         let lost = match self {
             Self::Quic {
                 source: QuicError::Dial { source, .. },
@@ -260,7 +271,7 @@ impl OpenError {
             | Self::SameServer { .. } => return None,
         };
         match lost {
-            SessionError::Tls { alert, .. } => Some(of_alert(*alert).sentence()),
+            SessionError::Tls { alert, .. } => Some(of_alert(*alert)),
             SessionError::Local(_)
             | SessionError::Peer(_)
             | SessionError::Silent

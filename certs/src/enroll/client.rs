@@ -260,6 +260,7 @@ fn of_handshake(server: SocketAddr, failure: HandshakeFailure, by: Side) -> Enro
         }
         (HandshakeFailure::Expired, Side::Server) => EnrollError::TooLate,
         (HandshakeFailure::Revoked, Side::Server) => EnrollError::Revoked,
+        (HandshakeFailure::UnknownIssuer, Side::Server) => EnrollError::UnknownAuthority,
         (failure, _) => EnrollError::Handshake { server, failure },
     }
 }

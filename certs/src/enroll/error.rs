@@ -61,6 +61,9 @@ pub enum EnrollError {
         "this agent's certificate expired too long ago to be renewed; enrol again with a new join token"
     )]
     TooLate,
+    /// It was retired before this agent had anything newer: a new enrolment is needed.
+    #[error("the server does not trust the authority of this agent's certificate any more")]
+    UnknownAuthority,
     /// Ask later.
     #[error("the server is asked too often; it may be asked again in {} s", after.as_secs())]
     RateLimited {
@@ -193,7 +196,8 @@ impl EnrollError {
             | Self::Peer(_)
             | Self::Key(_)
             | Self::Csr(_)
-            | Self::Store(_) => false,
+            | Self::Store(_)
+            | Self::UnknownAuthority => false,
         }
     }
 }

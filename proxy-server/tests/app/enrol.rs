@@ -9,12 +9,16 @@ use certs::{AgentFiles, Clock, EnrollError, EnrollRequest, Name, Peer, Proof, Tr
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
+use proto::Reason;
+use proto::transport::Session as _;
+use proxy_server::commands::{ca_retire, ca_rotate};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::api::tokens::{Issued, NODE_NAME, NODE_UID};
 use crate::api::{Api, Mood};
 use crate::cluster::{edge, is_told, start, until_metric};
+use crate::rotation::{command, until_roots};
 use crate::stack::{Stack, eventually, rewrite, within};
 
 const UID: &str = "6f1c5b0e-9d1f-4c5e-8a55-0123456789ab";
@@ -103,6 +107,33 @@ async fn an_agent_in_a_pod_needs_no_secret_and_comes_back_with_a_node_that_joins
     rewrite(&file, &format!("{}\n", api.token_of(&pod)));
     stack.sessions("edge1", 1).await;
     assert_eq!(node_of_session(&stack, "edge1").as_deref(), Some(OTHER));
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_in_a_pod_comes_back_by_itself_when_its_authority_was_retired_at_once() {
+    let (api, _pod, token) = cluster().await;
+    let mut stack = start(&api, ENROL);
+    let (_file, join) = mounted(&stack, &token);
+    stack.agent_joining("edge1", &join, "backoff: {min: 10ms, max: 100ms}");
+    stack.sessions("edge1", 1).await;
+    let session = Arc::clone(&stack.registry.all()[0]);
+
+    // The old key is in wrong hands: everything it has signed is worthless at once, this agent's leaf too.
+    command(&stack, |args| ca_rotate(args, None)).await.unwrap();
+    until_roots(&[&stack], 2.0).await;
+    command(&stack, |args| ca_retire(args, true)).await.unwrap();
+    until_roots(&[&stack], 1.0).await;
+    let roots = stack.issuer().bundle().clone();
+    roots
+        .save(&stack.dir.path().join("mounted-ca.crt"))
+        .unwrap();
+    session.transport.close(Reason::SessionLost);
+    eventually("it is back, with another certificate", || {
+        let all = stack.registry.all();
+        matches!(&all[..], [new] if new.id != session.id)
+    })
+    .await;
     stack.stop().await;
 }
 

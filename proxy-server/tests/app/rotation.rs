@@ -25,7 +25,7 @@ fn args(dir: &Path) -> StateArgs {
     }
 }
 
-async fn command(
+pub(crate) async fn command(
     stack: &Stack,
     run: impl FnOnce(&StateArgs) -> anyhow::Result<String> + Send + 'static,
 ) -> anyhow::Result<String> {
@@ -48,7 +48,7 @@ fn as_of_now(own: &Own) -> Own {
     }
 }
 
-async fn until_roots(stacks: &[&Stack], count: f64) {
+pub(crate) async fn until_roots(stacks: &[&Stack], count: f64) {
     for stack in stacks {
         within(async {
             while stack.metric("corvid_authority_roots").await < count
