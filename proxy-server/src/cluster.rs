@@ -31,10 +31,12 @@ pub mod lease;
 mod members;
 pub mod nodes;
 mod pace;
+mod plan;
 mod questions;
 mod standing;
 mod table;
 mod tokens;
+mod trust;
 mod vault;
 mod watch;
 

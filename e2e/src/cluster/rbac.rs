@@ -31,6 +31,13 @@ impl Display for Grant {
 }
 
 impl Grant {
+    /// The name of the role that grants it.
+    #[must_use]
+    pub fn role(&self) -> &str {
+        let name = self.role.pointer("/metadata/name");
+        name.and_then(Value::as_str).unwrap_or_default()
+    }
+
     fn all_of(role: &Value) -> Vec<Self> {
         let mut grants = Vec::new();
         // As it was applied: what kube-apiserver adds names one version, which the next change ends.

@@ -28,3 +28,4 @@ mod scrape;
 mod stack;
 mod standing;
 mod tls;
+mod trust;
