@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use certs::{Ca, CaDir, IssuerError, Pin, TrustDomain};
+use certs::{Ca, CaDir, Clock, IssuerError, Pin, TrustDomain};
 use daemon::{Exit, Listen};
 use proxy_server::App;
 use serde_json::{Value, json};
@@ -310,4 +310,36 @@ fn a_configuration_that_makes_no_sense_is_refused() {
         let key = format!("kubernetes.{key}");
         assert!(error.to_string().contains(&key), "{key}: {error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_copy_is_no_reason_not_to_start() {
+    let api = Api::start().await;
+    let stack = start(&api).await;
+    let own = pin(&stack);
+    let dir = stack.stop().await;
+    let key = dir.path().join("state/ca/ca.key");
+    std::fs::write(&key, "nonsense").unwrap();
+    let stack = again(&api, dir).await;
+    assert_eq!(pin(&stack), own);
+    stack.stop().await;
+}
+
+/// It may be the only one that there is, and repaired by hand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_authority_of_the_directorys_own_is_never_replaced() {
+    let api = Api::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    CaDir::new(dir.path().join("state/ca"))
+        .load_or_create(&TrustDomain::default(), Clock::system().now())
+        .unwrap();
+    let key = dir.path().join("state/ca/ca.key");
+    std::fs::write(&key, "nonsense").unwrap();
+    let file = authority_of(&api, dir.path());
+    let (config, environment, _trigger) = crate::stack::read(&file);
+    let failed = App::start(config, environment, &CancellationToken::new()).await;
+    let failed = format!("{:#}", failed.unwrap_err());
+    assert!(failed.contains("open the authority in"), "{failed}");
+    assert_eq!(std::fs::read_to_string(&key).unwrap(), "nonsense");
+    assert!(api.object("secrets", SECRET).is_none());
 }
