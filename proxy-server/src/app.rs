@@ -252,6 +252,7 @@ impl App {
                 options.mode = mode;
             }
             options.transparent = frontend.transparent();
+            options.handover = config.handover;
             let listen = frontend.listen();
             let listener = Listener::bind_with(listen, options)
                 .with_context(|| format!("listen on {listen}"))?;

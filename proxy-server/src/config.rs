@@ -74,6 +74,9 @@ pub struct Config {
     /// How to stop.
     #[serde(default)]
     pub drain: Drain,
+    /// Another process of this configuration may run until this one has taken over.
+    #[serde(default)]
+    pub handover: bool,
     /// livez, readyz, metrics.
     #[serde(default)]
     pub observe: Observe,

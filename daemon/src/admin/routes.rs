@@ -82,11 +82,17 @@ impl Routes {
     /// `GET /livez` (no critical task of `tasks` has ended), `GET /readyz` (503 with one line for each thing that is
     /// missing) and `GET /metrics`.
     pub fn observe(readiness: Readiness, tasks: &[Tasks], metrics: Metrics) -> Self {
-        let tasks = tasks.to_vec();
         Self::new()
-            .get("/livez", move |_| std::future::ready(livez(&tasks)))
-            .get("/readyz", move |_| std::future::ready(readyz(&readiness)))
+            .probes(readiness, tasks)
             .get("/metrics", move |_| std::future::ready(encoded(&metrics)))
+    }
+
+    /// Adds `GET /livez` and `GET /readyz`, as [`Routes::observe`] has them.
+    #[must_use]
+    pub fn probes(self, readiness: Readiness, tasks: &[Tasks]) -> Self {
+        let tasks = tasks.to_vec();
+        self.get("/livez", move |_| std::future::ready(livez(&tasks)))
+            .get("/readyz", move |_| std::future::ready(readyz(&readiness)))
     }
 
     /// `GET` and `PUT /log-level`, with the filter as the body; add the service's own.
