@@ -49,7 +49,7 @@ impl Cluster {
         let shown = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus");
         let text = fs::read_to_string(shown.join("edge-nodes.yaml"))?
             .replace("/etc/prometheus/corvid", &dir.display().to_string())
-            .replace("proxy-server.corvid.svc:8445", &format!("{PUBLIC}:{PROXY}"))
+            .replace("proxy-server-scrape.corvid.svc:8445", &format!("{PUBLIC}:{PROXY}"))
             .replace("CHANGE-ME", PASSWORD)
             .replace("scrape_interval: 15s", "scrape_interval: 1s");
         let config = dir.join("prometheus.yaml");
