@@ -81,11 +81,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`AdminError::Bind`].
-    pub fn observe(
-        listen: &Listen,
-        metrics: &Metrics,
-        handover: bool,
-    ) -> Result<Self, AdminError> {
+    pub fn observe(listen: &Listen, metrics: &Metrics, handover: bool) -> Result<Self, AdminError> {
         Self::bind(listen, 0o666, metrics, Hosts::Any, handover)
     }
 

@@ -90,8 +90,27 @@ async fn readyz_lists_what_is_missing() {
     let draining = "not ready: draining".to_owned();
     assert_eq!(
         served.get("/readyz").await,
-        Err((StatusCode::SERVICE_UNAVAILABLE, draining))
+        Err((StatusCode::SERVICE_UNAVAILABLE, draining.clone()))
     );
+    for (query, answer) in [
+        ("exclude=draining", Ok("ok\n".to_owned())),
+        ("verbose&exclude=x&exclude=draining", Ok("ok\n".to_owned())),
+        (
+            "exclude=drain",
+            Err((StatusCode::SERVICE_UNAVAILABLE, draining.clone())),
+        ),
+        (
+            "draining",
+            Err((StatusCode::SERVICE_UNAVAILABLE, draining.clone())),
+        ),
+        ("", Err((StatusCode::SERVICE_UNAVAILABLE, draining))),
+    ] {
+        assert_eq!(
+            served.get(&format!("/readyz?{query}")).await,
+            answer,
+            "{query}"
+        );
+    }
 }
 
 #[tokio::test]
@@ -133,7 +152,8 @@ async fn admin_refuses_to_listen_beyond_loopback() {
         "192.0.2.1:9442",
         "[::ffff:192.0.2.1]:9442",
     ] {
-        let error = Endpoint::admin(&listen.parse().unwrap(), &Metrics::new("0"), false).unwrap_err();
+        let error =
+            Endpoint::admin(&listen.parse().unwrap(), &Metrics::new("0"), false).unwrap_err();
         assert!(
             matches!(error, AdminError::NotLoopback(_)),
             "{listen}: {error}"

@@ -8,10 +8,22 @@ use crate::each_overlay;
 
 /// Containers that run as root, and why nothing less will do.
 const ROOT: [(&str, &str, &str); 4] = [
-    ("default", "proxy-server-control-plane/redirect", "NET_ADMIN counts for root alone"),
-    ("host-network", "proxy-server-control-plane/redirect", "as default"),
+    (
+        "default",
+        "proxy-server-control-plane/redirect",
+        "NET_ADMIN counts for root alone",
+    ),
+    (
+        "host-network",
+        "proxy-server-control-plane/redirect",
+        "as default",
+    ),
     ("dev", "proxy-server-control-plane/redirect", "as default"),
-    ("egress", "proxy-server-control-plane/proxy-server", "its sockets are root's, as kube-apiserver is"),
+    (
+        "egress",
+        "proxy-server-control-plane/proxy-server",
+        "its sockets are root's, as kube-apiserver is",
+    ),
 ];
 
 fn container_setting<'a>(it: &Container<'a>, key: &str) -> Option<&'a Value> {
@@ -25,7 +37,9 @@ fn no_container_has_more_than_it_needs() {
         let mut wrong = Vec::new();
         for it in overlay.containers() {
             let name = it.name();
-            let root = ROOT.iter().any(|(of, container, _)| *of == overlay.name && *container == name);
+            let root = ROOT
+                .iter()
+                .any(|(of, container, _)| *of == overlay.name && *container == name);
             let mut must = |key: &str, wanted: Value| {
                 let found = container_setting(&it, key);
                 if found != Some(&wanted) {
@@ -43,10 +57,18 @@ fn no_container_has_more_than_it_needs() {
                 json!({"drop": ["ALL"]})
             };
             must("capabilities", added);
-            if it.container.pointer("/securityContext/privileged").is_some() {
+            if it
+                .container
+                .pointer("/securityContext/privileged")
+                .is_some()
+            {
                 wrong.push(format!("{name}: says something about privileged"));
             }
-            for path in ["/resources/limits/memory", "/resources/requests/memory", "/resources/requests/cpu"] {
+            for path in [
+                "/resources/limits/memory",
+                "/resources/requests/memory",
+                "/resources/requests/cpu",
+            ] {
                 if it.container.pointer(path).is_none() {
                     wrong.push(format!("{name}: no {path}"));
                 }
@@ -68,12 +90,17 @@ fn only_pods_that_ask_kube_apiserver_have_a_token_for_it() {
             let name = text(workload, "/metadata/name");
             let mounts = pod(workload).pointer("/automountServiceAccountToken");
             if mounts != Some(&json!(name != "edge-agent")) {
-                wrong.push(format!("{name}: automountServiceAccountToken is {mounts:?}"));
+                wrong.push(format!(
+                    "{name}: automountServiceAccountToken is {mounts:?}"
+                ));
             }
         }
         for account in overlay.of("ServiceAccount") {
             if account.pointer("/automountServiceAccountToken") != Some(&json!(false)) {
-                wrong.push(format!("{}: gives tokens to every pod", text(account, "/metadata/name")));
+                wrong.push(format!(
+                    "{}: gives tokens to every pod",
+                    text(account, "/metadata/name")
+                ));
             }
         }
         Ok(wrong)
@@ -90,11 +117,27 @@ fn agents_are_what_the_edge_is_promised() {
         let pod = pod(agent);
         let mut wrong = Vec::new();
         for (of, pointer, wanted) in [
-            (agent, "/spec/updateStrategy/rollingUpdate", json!({"maxSurge": "10%", "maxUnavailable": 0})),
+            (
+                agent,
+                "/spec/updateStrategy/rollingUpdate",
+                json!({"maxSurge": "10%", "maxUnavailable": 0}),
+            ),
             (pod, "/priorityClassName", json!("system-node-critical")),
             (pod, "/tolerations", json!([{"operator": "Exists"}])),
-            (pod, "/nodeSelector/openyurt.io~1is-edge-worker", json!("true")),
-            (pod, "/hostNetwork", if host_network { json!(true) } else { Value::Null }),
+            (
+                pod,
+                "/nodeSelector/openyurt.io~1is-edge-worker",
+                json!("true"),
+            ),
+            (
+                pod,
+                "/hostNetwork",
+                if host_network {
+                    json!(true)
+                } else {
+                    Value::Null
+                },
+            ),
             (pod, "/containers/0/resources/limits/memory", json!("32Mi")),
             (pod, "/serviceAccountName", json!("edge-agent")),
         ] {
@@ -128,9 +171,18 @@ fn servers_are_spread_and_never_all_gone() {
         let mut wrong = Vec::new();
         for (pointer, wanted) in [
             ("/spec/replicas", json!(replicas)),
-            ("/spec/strategy/rollingUpdate", json!({"maxSurge": 1, "maxUnavailable": 0})),
-            ("/spec/template/spec/priorityClassName", json!("system-cluster-critical")),
-            ("/spec/template/spec/topologySpreadConstraints/0/topologyKey", json!("kubernetes.io/hostname")),
+            (
+                "/spec/strategy/rollingUpdate",
+                json!({"maxSurge": 1, "maxUnavailable": 0}),
+            ),
+            (
+                "/spec/template/spec/priorityClassName",
+                json!("system-cluster-critical"),
+            ),
+            (
+                "/spec/template/spec/topologySpreadConstraints/0/topologyKey",
+                json!("kubernetes.io/hostname"),
+            ),
         ] {
             let found = server.pointer(pointer).unwrap_or(&Value::Null);
             if *found != wanted {
@@ -143,12 +195,20 @@ fn servers_are_spread_and_never_all_gone() {
         }
         let service = overlay.object("Service", "proxy-server")?;
         let ports: Vec<_> = list(service, "/spec/ports")
-            .map(|port| (text(port, "/protocol"), port.pointer("/port"), port.pointer("/nodePort")))
+            .map(|port| {
+                (
+                    text(port, "/protocol"),
+                    port.pointer("/port"),
+                    port.pointer("/nodePort"),
+                )
+            })
             .collect();
         let (port, node_port) = (json!(8443), json!(30843));
         let wanted = ["UDP", "TCP"].map(|protocol| (protocol, Some(&port), Some(&node_port)));
         if ports != wanted {
-            wrong.push(format!("agents dial one number on UDP and TCP, and it is {ports:?}"));
+            wrong.push(format!(
+                "agents dial one number on UDP and TCP, and it is {ports:?}"
+            ));
         }
         let peers = overlay.object("Service", "proxy-server-peers")?;
         if text(peers, "/spec/clusterIP") != "None"
@@ -172,18 +232,34 @@ fn probes_ask_the_ports_that_the_programs_have() {
             }
             let program = text(it.container, "/name");
             let port = if program == "edge-agent" { 9441 } else { 9440 };
+            // Behind a Service a server that drains stays ready: docs/operations.md.
+            let behind = program == "proxy-server";
+            let ready = if behind {
+                "/readyz?exclude=draining"
+            } else {
+                "/readyz"
+            };
             let on_host = it.pod.pointer("/hostNetwork") == Some(&json!(true));
-            for (probe, path, word) in [("livenessProbe", "/livez", "live"), ("readinessProbe", "/readyz", "ready")] {
-                let found = it.container.get(probe).with_context(|| format!("{name}: no {probe}"))?;
+            for (probe, path, word) in [
+                ("livenessProbe", "/livez", "live"),
+                ("readinessProbe", ready, "ready"),
+            ] {
+                let found = it
+                    .container
+                    .get(probe)
+                    .with_context(|| format!("{name}: no {probe}"))?;
                 let right = if on_host {
                     // Two pods share the host's address for a while: each is asked over its own socket.
-                    found.pointer("/exec/command") == Some(&json!([format!("/bin/{program}"), "probe", word]))
+                    found.pointer("/exec/command")
+                        == Some(&json!([format!("/bin/{program}"), "probe", word]))
                 } else {
                     let declared = list(it.container, "/ports").any(|declared| {
                         text(declared, "/name") == "observe"
                             && declared.pointer("/containerPort") == Some(&json!(port))
                     });
-                    declared && found.pointer("/httpGet") == Some(&json!({"path": path, "port": "observe"}))
+                    declared
+                        && found.pointer("/httpGet")
+                            == Some(&json!({"path": path, "port": "observe"}))
                 };
                 if !right {
                     wrong.push(format!("{name}: {probe} is {found}"));
@@ -201,10 +277,17 @@ fn the_namespace_asks_for_what_its_pods_meet() {
         let Ok(namespace) = overlay.object("Namespace", "corvid") else {
             return Ok(Vec::new());
         };
-        let level = text(namespace, "/metadata/labels/pod-security.kubernetes.io~1enforce");
-        let host = overlay.workloads().any(|workload| pod(workload).pointer("/hostNetwork").is_some());
+        let level = text(
+            namespace,
+            "/metadata/labels/pod-security.kubernetes.io~1enforce",
+        );
+        let host = overlay
+            .workloads()
+            .any(|workload| pod(workload).pointer("/hostNetwork").is_some());
         let wanted = if host { "privileged" } else { "restricted" };
-        Ok((level != wanted).then(|| format!("{level}, not {wanted}")).into_iter().collect())
+        Ok((level != wanted)
+            .then(|| format!("{level}, not {wanted}"))
+            .into_iter()
+            .collect())
     });
 }
-
