@@ -5,9 +5,7 @@
 #   ARCH="amd64 arm64"   for which machines; this one's by default
 #   PROFILE=release      how they are compiled; `quick` takes the programs of `make bins` where that is the same machine
 #
-# arm64 on an amd64 Debian is compiled with Debian's own compiler (e2e/kubernetes/build.sh does not install it):
-#   dpkg --add-architecture arm64 && apt-get update
-#   apt-get install rustc-web libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+# arm64 on an amd64 Debian is compiled with Debian's own compiler, which `make tools` installs with the rest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 host=$(dpkg --print-architecture 2>/dev/null || uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')

@@ -337,9 +337,7 @@ pub fn main(cli: Cli) -> Exit {
             Err(error) => commands::fail(&error, error.exit()),
         },
         Command::Status(args) => commands::finish(commands::status(&args.socket.socket, args.json)),
-        Command::Probe { what, socket } => {
-            commands::finish(commands::probe(&socket.socket, what))
-        }
+        Command::Probe { what, socket } => commands::finish(commands::probe(&socket.socket, what)),
         Command::Nodes(args) => commands::finish(commands::nodes(&args.socket.socket, args.json)),
         Command::Peers(args) => commands::finish(commands::peers(&args.socket.socket, args.json)),
         Command::Token(command) => commands::finish(token(command)),

@@ -184,15 +184,18 @@ fn everybody_means_the_same_edge() {
             let name = it.name();
             if program(&it) == "proxy-server" {
                 let selector = config.pointer("/kubernetes/edgeSelector");
-                let selector = selector.and_then(Value::as_str).unwrap_or("openyurt.io/is-edge-worker=true");
+                let selector = selector
+                    .and_then(Value::as_str)
+                    .unwrap_or("openyurt.io/is-edge-worker=true");
                 if selector != format!("{label}=true") {
                     wrong.push(format!("{name}: edgeSelector is {selector}"));
                 }
             }
             let deployed = text(it.workload, "/kind") == "Deployment";
             let away = "/affinity/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution/nodeSelectorTerms/0/matchExpressions";
-            let away = list(it.pod, away)
-                .any(|term| *term == json!({"key": label, "operator": "NotIn", "values": ["true"]}));
+            let away = list(it.pod, away).any(|term| {
+                *term == json!({"key": label, "operator": "NotIn", "values": ["true"]})
+            });
             if deployed && !away {
                 wrong.push(format!("{name}: may be put on the edge"));
             }
@@ -219,7 +222,9 @@ fn declared_ports_are_those_of_the_configuration() {
                 listened.push(("TCP", 9441));
             } else {
                 listened.extend([("TCP", 9440), ("TCP", 8443), ("UDP", 8443)]);
-                listened.push(("UDP", port(text(&config, "/peers/listen"))?));
+                if config.pointer("/peers").is_some() {
+                    listened.push(("UDP", 8446));
+                }
                 for frontend in list(&config, "/frontends") {
                     listened.push(("TCP", port(text(frontend, "/listen"))?));
                 }
@@ -237,7 +242,10 @@ fn declared_ports_are_those_of_the_configuration() {
             listened.sort_unstable();
             declared.sort_unstable();
             if listened != declared {
-                wrong.push(format!("{}: listens on {listened:?}, declares {declared:?}", it.name()));
+                wrong.push(format!(
+                    "{}: listens on {listened:?}, declares {declared:?}",
+                    it.name()
+                ));
             }
         }
         Ok(wrong)
@@ -263,14 +271,21 @@ fn what_is_written_is_on_a_volume() {
             };
             let mut files = vec![or("/stateDir", state), or("/admin/socket", admin)];
             for frontend in list(&config, "/frontends") {
-                files.extend(text(frontend, "/listen").strip_prefix("unix:").map(str::to_owned));
+                files.extend(
+                    text(frontend, "/listen")
+                        .strip_prefix("unix:")
+                        .map(str::to_owned),
+                );
                 files.push(text(frontend, "/basicAuthFile").to_owned());
             }
             for file in ["/join/serviceAccountTokenFile", "/join/caFile"] {
                 files.push(text(&config, file).to_owned());
             }
             for file in files.iter().filter(|file| !file.is_empty()) {
-                if !mounts.iter().any(|mount| Path::new(file).starts_with(mount)) {
+                if !mounts
+                    .iter()
+                    .any(|mount| Path::new(file).starts_with(mount))
+                {
                     wrong.push(format!("{}: {file} is on no volume", it.name()));
                 }
             }
@@ -287,7 +302,11 @@ fn nothing_is_to_be_edited_but_where_the_servers_are() {
         let map = overlay.object("ConfigMap", "edge-agent").unwrap();
         let text = text(map, "/data/edge-agent.yaml");
         let first = text.lines().find(|line| !line.starts_with('#'));
-        assert_eq!(first, Some("servers: [\"proxy-server.example.com:8443\"]"), "{name}");
+        assert_eq!(
+            first,
+            Some("servers: [\"proxy-server.example.com:8443\"]"),
+            "{name}"
+        );
         let places = overlay.text.matches("example.com").count();
         assert_eq!(places, 1, "{name}: values to set");
     }

@@ -1,8 +1,10 @@
 //! `deploy/` and the images: what a user applies is what the programs take, and what monitoring asks for is what they
 //! have. Needs the Go tools (`make tools`) and images (`make images`); what runs in namespaces needs root.
 
+mod archive;
 mod configurations;
 mod hardening;
+mod images;
 mod monitoring;
 mod references;
 
@@ -12,6 +14,11 @@ use anyhow::Result;
 use e2e::manifests::{Overlay, overlays};
 
 /// All overlays, built once: each costs a start of kubectl.
+#[expect(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "this is an assertion of all tests"
+)]
 static OVERLAYS: LazyLock<Vec<Overlay>> = LazyLock::new(|| {
     let build = |name: &String| Overlay::build(name).unwrap_or_else(|error| panic!("{error:#}"));
     overlays().unwrap().iter().map(build).collect()

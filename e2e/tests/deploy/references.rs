@@ -247,3 +247,29 @@ fn the_builder_is_the_toolchain() {
     let wanted = format!("ARG BUILDER=rust:{channel}-");
     assert!(read("Dockerfile").contains(&wanted), "{wanted}");
 }
+
+/// The overlay that the README tells a user to keep is built, and sets what it says.
+#[test]
+fn the_readmes_own_overlay_sets_what_is_the_users() {
+    let readme = fs::read_to_string(folder().join("README.md")).unwrap();
+    let block = readme.split("```yaml\n").nth(1).unwrap();
+    let block = block.split("```").next().unwrap();
+    // kustomize takes relative paths alone.
+    let dir = tempfile::tempdir_in(folder()).unwrap();
+    let here = block.replace("corvid/deploy/overlays/default", "../overlays/default");
+    assert_ne!(here, block);
+    fs::write(dir.path().join("kustomization.yaml"), here).unwrap();
+    let base = fs::read_to_string(folder().join("base/edge-agent/edge-agent.yaml")).unwrap();
+    let mine = base.replace("proxy-server.example.com:8443", "192.0.2.7:30843");
+    fs::write(dir.path().join("edge-agent.yaml"), mine).unwrap();
+    let overlay = Overlay::build_at("mine", dir.path()).unwrap();
+    let map = overlay.object("ConfigMap", "edge-agent").unwrap();
+    assert!(
+        text(map, "/data/edge-agent.yaml").contains("192.0.2.7:30843"),
+        "{map}"
+    );
+    for it in overlay.containers() {
+        let image = text(it.container, "/image");
+        assert!(image.starts_with("registry.example.com/corvid/"), "{image}");
+    }
+}

@@ -43,7 +43,9 @@ pub(super) fn answer(forwarder: &Forwarder, path: &str) -> Response<Body> {
         None => (
             StatusCode::NOT_FOUND,
             "text/plain",
-            Bytes::from_static(b"there are /sd/kubelet, /sd/cadvisor, /sd/node-exporter and /sd/edge-agent\n"),
+            Bytes::from_static(
+                b"there are /sd/kubelet, /sd/cadvisor, /sd/node-exporter and /sd/edge-agent\n",
+            ),
         ),
     };
     let mut response = Response::new(Full::new(body).map_err(|never| match never {}).boxed());
