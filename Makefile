@@ -14,13 +14,15 @@ TRIPLE := $(shell rustc -vV | sed -n 's/^host: //p')
 ifneq ($(wildcard $(shell cc -print-file-name=libc.a)),)
 STATIC := CARGO_TARGET_$(shell tr a-z- A-Z_ <<<$(TRIPLE))_RUSTFLAGS='-C target-feature=+crt-static'
 endif
+# Images of what `bins` has compiled.
+IMAGES := PROFILE=quick
 QUICK := --quiet --profile quick --target $(TRIPLE)
 
 demo: ## both daemons, a stand-in kubelet, a request and a scrape on this machine; Ctrl-C ends it
 	@$(STATIC) cargo run $(QUICK) -p e2e --bin demo -- $(DEMO_ARGS)
 
 test: tools check bins ## everything; as root it installs what is missing
-	@if [ -n "$(ROOT)" ]; then $(CARGO_TEST); exit; fi
+	@if [ -n "$(ROOT)" ]; then $(IMAGES) ARCH="amd64 arm64" deploy/images/build.sh; $(CARGO_TEST); exit; fi
 	for suite in lab kubernetes; do
 	  if [ "$${CI:-}" = true ]; then echo "$$suite: needs root"; exit 1; fi
 	  echo "skipped: $$suite needs root"
@@ -54,8 +56,9 @@ images: ## images of both daemons for ARCH (this machine's), in target/images; P
 lab: bins ## network namespaces: NAT, cut lines, the same address twice (root)
 	@$(CARGO_TEST) --test lab
 
-kubernetes: tools bins ## a real kube-apiserver and real kubelets (root)
-	@$(CARGO_TEST) --test kubernetes
+kubernetes: tools bins ## a real kube-apiserver and real kubelets, and Corvid by its manifests (root)
+	@$(IMAGES) deploy/images/build.sh
+	$(CARGO_TEST) --test kubernetes
 
 bench: bins ## the table of docs/performance.md, measured here and now
 	@target/quick/bench $(BENCH_ARGS)
