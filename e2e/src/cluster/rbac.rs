@@ -101,7 +101,7 @@ impl Cluster {
     /// When kubectl can't read the files.
     pub fn grants(&self) -> Result<Vec<Grant>> {
         let files = manifests().display().to_string();
-        let all = ["apply", "-f", &files, "--dry-run=client", "-o", "json"];
+        let all = ["apply", "-k", &files, "--dry-run=client", "-o", "json"];
         let all: Value = serde_json::from_slice(&self.kubectl().ok(&all)?)?;
         let roles = list(&all, "items").filter(|object| {
             let kind = object.get("kind").and_then(Value::as_str);
@@ -130,7 +130,7 @@ impl Cluster {
     /// When the account does not have it.
     pub fn restore(&self, grant: &Grant) -> Result<()> {
         let files = manifests().display().to_string();
-        self.kubectl().ok(&["apply", "-f", &files])?;
+        self.kubectl().ok(&["apply", "-k", &files])?;
         self.wait_granted(grant, true)
     }
 
