@@ -392,6 +392,9 @@ impl Bound {
             None => for_ever(&service, "authority", authority.follow_dir()),
         }
         if let Some(watch) = self.watch {
+            if let Some(pods) = watch.cluster.pods() {
+                for_ever(&service, "pods", pods.follow(watch.source.clone()));
+            }
             for_ever(&service, "cluster", watch.run());
         }
         if let Some(publisher) = self.publisher {

@@ -23,6 +23,7 @@ mod hostile;
 mod intercept;
 mod konnectivity;
 mod peers;
+mod pods;
 mod rotation;
 mod scrape;
 mod stack;
