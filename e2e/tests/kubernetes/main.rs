@@ -21,6 +21,7 @@ mod logs;
 mod manifests;
 mod metrics;
 mod rbac;
+mod reach;
 mod scrapers;
 mod upkeep;
 
@@ -138,6 +139,12 @@ fn what_the_cluster_knows(steps: &mut Steps, cluster: &mut Cluster) {
     steps.run("enrolling_pods_run", || enrol::pods(cluster));
     steps.run("enrolment_asks_whose_token_it_is", || {
         enrol::each_token(cluster)
+    });
+    steps.run("pods_with_one_address_are_told_apart_by_name", || {
+        reach::twins(cluster)
+    });
+    steps.run("pods_are_reached_by_kube_apiservers_own_proxy", || {
+        reach::pod_proxy(cluster)
     });
     rbac::each_verb(steps, cluster);
     steps.run("enrolment_ends_with_the_pod", || {

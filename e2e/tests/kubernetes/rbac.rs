@@ -8,7 +8,7 @@ use certs::TrustBundle;
 use e2e::cluster::{Cluster, Grant, NODES, Steps, until};
 use serde_json::json;
 
-use crate::enrol;
+use crate::{enrol, reach};
 
 /// For what needs a try of the proxy-server to reach kube-apiserver: 10 s lie between two at most.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -30,7 +30,7 @@ impl Row {
     }
 }
 
-const ROWS: [Row; 19] = [
+const ROWS: [Row; 21] = [
     Row {
         verb: "list",
         resource: "nodes",
@@ -156,6 +156,20 @@ const ROWS: [Row; 19] = [
         role: "corvid-proxy-server",
         breaks: no_token_is_known,
         recovers: a_pod_enrols,
+    },
+    Row {
+        verb: "list",
+        resource: "pods",
+        role: "corvid-proxy-server-pods",
+        breaks: no_pod_is_a_destination,
+        recovers: pods_are_destinations,
+    },
+    Row {
+        verb: "watch",
+        resource: "pods",
+        role: "corvid-proxy-server-pods",
+        breaks: pods_are_not_followed,
+        recovers: pods_are_destinations,
     },
     Row {
         verb: "get",
@@ -566,4 +580,31 @@ fn the_roots_are_written(cluster: &mut Cluster) -> Result<()> {
         ensure!(pins.contains(&pin), "{pins:?} without {pin}");
         Ok(())
     })
+}
+
+fn no_pod_is_a_destination(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let told = told_soon(cluster, mark, &forbidden("list", "pods"))?;
+    let refused = reach::by_name(cluster, "edge1");
+    ensure!(refused.is_err(), "a pod that nobody knows is reached");
+    Ok(told)
+}
+
+fn pods_are_not_followed(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let told = told_soon(cluster, mark, &forbidden("watch", "pods"))?;
+    // They were listed.
+    until(DEADLINE, "pods are known", || {
+        reach::by_name(cluster, "edge1")
+    })?;
+    Ok(told)
+}
+
+fn pods_are_destinations(cluster: &mut Cluster) -> Result<()> {
+    for node in NODES {
+        until(DEADLINE, "pods are known", || reach::by_name(cluster, node))?;
+    }
+    Ok(())
 }

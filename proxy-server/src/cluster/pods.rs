@@ -184,11 +184,6 @@ impl Pods {
         Found::Pods(theirs)
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.0.read().pods.len()
-    }
-
     /// Takes over what a watch tells; `listed` is a list that is not complete yet.
     fn take(&self, listed: &mut Option<Index>, event: Event<Watched>) {
         match event {
@@ -261,6 +256,12 @@ pub(super) mod tests {
             "status": {"phase": "Running", "podIP": ips.first().map(|ip| ip["ip"].clone()), "podIPs": ips},
         }))
         .unwrap()
+    }
+
+    impl Pods {
+        fn len(&self) -> usize {
+            self.0.read().pods.len()
+        }
     }
 
     /// Pods that are known: `NAMESPACE/NAME`, node, addresses.
