@@ -42,6 +42,11 @@ nft() {
   mkdir -p "$debs"
   if ! ls "$debs"/nftables_*.deb >/dev/null 2>&1; then
     local packages
+    # A machine may have no lists, or none of that architecture.
+    if ! apt-cache show "nftables:$1" >/dev/null 2>&1; then
+      dpkg --add-architecture "$1"
+      apt-get update -qq
+    fi
     packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces \
       --no-enhances "nftables:$1" | sed -n 's/^\(lib[^ :]*\|nftables\)\(:[^ ]*\)\?$/\1/p' | sort -u)
     (cd "$debs" && apt-get download -qq -o APT::Sandbox::User=root $(printf "%s:$1 " $packages))
