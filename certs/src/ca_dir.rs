@@ -136,6 +136,12 @@ impl CaDir {
         self.write(ca)
     }
 
+    /// Whether what is there is a copy of what is kept elsewhere, readable or not.
+    #[must_use]
+    pub fn is_copy(&self) -> bool {
+        self.dir.join(ORIGIN).exists()
+    }
+
     fn own_only(&self) -> Result<(), IssuerError> {
         let marker = self.dir.join(ORIGIN);
         match store::read_if_there(&marker)? {

@@ -2,7 +2,8 @@
 //!
 //! Invariants: the number of open connections is bounded, above it the loop waits and the kernel's queue fills; a
 //! connection that fails while it is accepted is nobody's error; running out of descriptors or memory pauses the loop
-//! and never ends it. It must not read or write: handshakes belong into the task of the connection.
+//! and never ends it; what the kernel has accepted when the loop is told to stop is served. It must not read or write:
+//! handshakes belong into the task of the connection.
 
 mod stream;
 mod unix;
@@ -47,6 +48,10 @@ pub struct BindOptions {
     /// Takes connections to addresses that are not this machine's, as TPROXY rules hand them over (`IP_TRANSPARENT`,
     /// ip(7)). Needs `CAP_NET_ADMIN`.
     pub transparent: bool,
+    /// Listens although another process of this user does that says the same: new connections go to either until one of
+    /// them closes (TCP, `SO_REUSEPORT`), or to the later one (Unix socket). So a process takes over from another and
+    /// nobody is refused meanwhile.
+    pub handover: bool,
 }
 
 impl Default for BindOptions {
@@ -56,6 +61,7 @@ impl Default for BindOptions {
             mode: 0o600,
             pauses: Counter::default(),
             transparent: false,
+            handover: false,
         }
     }
 }
@@ -105,12 +111,17 @@ impl Listener {
     pub fn bind_with(listen: &Listen, options: BindOptions) -> io::Result<Self> {
         let (socket, bound) = match listen {
             Listen::Tcp(addr) => {
-                let listener = bind_tcp(*addr, options.transparent)?;
+                let listener = bind_tcp(*addr, &options)?;
                 let bound = Listen::Tcp(listener.local_addr()?);
                 (Socketed::Tcp(listener), bound)
             }
             Listen::Unix(path) => {
-                let (listener, file) = unix::bind(path, options.mode, BACKLOG)?;
+                let bind = if options.handover {
+                    unix::take_over
+                } else {
+                    unix::bind
+                };
+                let (listener, file) = bind(path, options.mode, BACKLOG)?;
                 (Socketed::Unix(file, listener), listen.clone())
             }
         };
@@ -165,7 +176,8 @@ impl Listener {
         }
     }
 
-    /// Accepts until `stop`, and runs `serve` for each connection as a task of `tasks`.
+    /// Accepts until `stop`, and runs `serve` for each connection as a task of `tasks`. Connections that the kernel has
+    /// accepted by then are served too, as far as there is room.
     ///
     /// # Errors
     /// The listener itself is broken. Run the loop as a critical task.
@@ -183,11 +195,47 @@ impl Listener {
         loop {
             let (stream, peer) = tokio::select! {
                 biased;
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => break,
                 accepted = self.accept() => accepted?,
             };
             tasks.spawn(name, serve(stream, peer));
         }
+        for (stream, peer) in self.last() {
+            tasks.spawn(name, serve(stream, peer));
+        }
+        Ok(())
+    }
+
+    /// Closes it, and returns what is in the kernel's queue and would be reset by that.
+    fn last(self) -> Vec<(Stream, Peer)> {
+        let mut last = Vec::new();
+        while let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
+            match self.accept_now() {
+                Ok((socket, peer)) => last.push((Stream::new(socket, permit), peer)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if verdict(&error) == Verdict::Ignore => {}
+                Err(_) => break,
+            }
+        }
+        last
+    }
+
+    /// As [`Self::accept_once`], without waiting: the runtime may not have heard yet of what is there.
+    fn accept_now(&self) -> io::Result<(stream::Kind, Peer)> {
+        let listener = match &self.socket {
+            Socketed::Tcp(listener) => SockRef::from(listener),
+            Socketed::Unix(_, listener) => SockRef::from(listener),
+        };
+        let (socket, addr) = listener.accept()?;
+        socket.set_nonblocking(true)?;
+        if let Some(addr) = addr.as_socket() {
+            let socket = TcpStream::from_std(socket.into())?;
+            prepare(&socket)?;
+            return Ok((stream::Kind::Tcp(socket), Peer::Tcp(addr)));
+        }
+        let socket = UnixStream::from_std(socket.into())?;
+        let peer = peer_of(&socket);
+        Ok((stream::Kind::Unix(socket), peer))
     }
 
     async fn accept_once(&self) -> io::Result<(stream::Kind, Peer)> {
@@ -206,11 +254,12 @@ impl Listener {
     }
 }
 
-fn bind_tcp(addr: SocketAddr, transparent: bool) -> io::Result<TcpListener> {
+fn bind_tcp(addr: SocketAddr, options: &BindOptions) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     // A restart must not wait for connections in TIME_WAIT.
     socket.set_reuse_address(true)?;
-    if transparent {
+    socket.set_reuse_port(options.handover)?;
+    if options.transparent {
         // One flag of the socket for both families: Linux takes the IPv4 option on an IPv6 socket too.
         socket.set_ip_transparent_v4(true)?;
     }

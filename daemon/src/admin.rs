@@ -23,6 +23,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+pub use self::client::Probe;
 pub use self::routes::{Reply, Request, Routes};
 use crate::{BindOptions, Listen, Listener, Metrics, Stream, Tasks};
 
@@ -76,23 +77,23 @@ enum Hosts {
 }
 
 impl Endpoint {
-    /// Binds an endpoint for everybody who reaches the address.
+    /// Binds an endpoint for everybody who reaches the address; see [`BindOptions::handover`].
     ///
     /// # Errors
     /// [`AdminError::Bind`].
-    pub fn observe(listen: &Listen, metrics: &Metrics) -> Result<Self, AdminError> {
-        Self::bind(listen, 0o666, metrics, Hosts::Any)
+    pub fn observe(listen: &Listen, metrics: &Metrics, handover: bool) -> Result<Self, AdminError> {
+        Self::bind(listen, 0o666, metrics, Hosts::Any, handover)
     }
 
     /// Binds an endpoint for operators on this machine; a Unix socket gets the mode 0600.
     ///
     /// # Errors
     /// [`AdminError::NotLoopback`], [`AdminError::Bind`].
-    pub fn admin(listen: &Listen, metrics: &Metrics) -> Result<Self, AdminError> {
+    pub fn admin(listen: &Listen, metrics: &Metrics, handover: bool) -> Result<Self, AdminError> {
         if !is_local(listen) {
             return Err(AdminError::NotLoopback(listen.clone()));
         }
-        Self::bind(listen, 0o600, metrics, Hosts::LoopbackOnly)
+        Self::bind(listen, 0o600, metrics, Hosts::LoopbackOnly, handover)
     }
 
     fn bind(
@@ -100,12 +101,14 @@ impl Endpoint {
         mode: u32,
         metrics: &Metrics,
         hosts: Hosts,
+        handover: bool,
     ) -> Result<Self, AdminError> {
         let pauses = metrics.accept_pauses();
         let options = BindOptions {
             max_connections: MAX_CONNECTIONS,
             mode,
             pauses,
+            handover,
             ..BindOptions::default()
         };
         let listener = Listener::bind_with(listen, options).map_err(|source| AdminError::Bind {

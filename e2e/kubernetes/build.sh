@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Brings what the real-Kubernetes suite needs: Debian packages that are missing, and the tools of the Go modules beside
-# this file, built into e2e/.cache/bin. Does nothing when all of it is there.
+# Brings what lab, images and the real-Kubernetes suite need: Debian packages that are missing, and the tools of the Go modules
+# beside this file, built into e2e/.cache/bin. Does nothing when all of it is there.
 set -euo pipefail
 cd "$(dirname "$0")"
 bin=$(cd .. && pwd)/.cache/bin
@@ -10,9 +10,17 @@ version=$(sed -n 's/^\tk8s.io\/kubernetes \(v[0-9.]*\).*/\1/p' k8s/go.mod)
 missing=()
 for need in etcd=etcd-server containerd=containerd ctr=containerd runc=runc busybox=busybox-static iptables=iptables \
   nft=nftables prometheus=prometheus prometheus-node-exporter=prometheus-node-exporter \
-  ip=iproute2 nsenter=util-linux script=bsdutils /usr/lib/cni/bridge=containernetworking-plugins; do
+  ip=iproute2 nsenter=util-linux script=bsdutils /usr/lib/cni/bridge=containernetworking-plugins \
+  buildah=buildah readelf=binutils; do
   PATH=$PATH:/usr/sbin:/sbin command -v "${need%%=*}" >/dev/null || missing+=("${need#*=}")
 done
+# Images of the other architecture: Debian's own compiler has its standard library, rustup's has not.
+if [ "$(dpkg --print-architecture)" = amd64 ]; then
+  for need in qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross rustc-web libstd-rust-web-dev:arm64; do
+    dpkg-query --show --showformat='${Status}' "$need" 2>/dev/null | grep -q ' installed' || missing+=("$need")
+  done
+  dpkg --add-architecture arm64
+fi
 if [ ${#missing[@]} -gt 0 ]; then
   echo "installing: ${missing[*]}"
   apt-get update -qq

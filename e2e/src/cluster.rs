@@ -2,7 +2,8 @@
 //!
 //! etcd, kube-apiserver and the proxy-server run in the cloud; two nodes with containerd, runc and a real kubelet, and an
 //! edge-agent each, sit behind NAT boxes and **share one private address**. kube-apiserver has no way to a kubelet but the
-//! egress selector, so whatever the tests see from a node came through the tunnel.
+//! egress selector, so whatever the tests see from a node came through the tunnel. [`Cluster<Deployed>`] has no daemon
+//! of ours of its own: it is a whole Kubernetes, controllers and a node in the cloud included, onto which they are deployed.
 //!
 //! Needs root, Debian's etcd, containerd, runc and CNI plug-ins, and what `e2e/kubernetes/build.sh` builds. Everything ends
 //! with the [`Cluster`], also when the test panics or is killed (`cluster/sandbox.rs` has the how). It must not touch the
@@ -23,6 +24,7 @@ use crate::net::{Host, Net};
 mod account;
 pub mod content;
 mod control_plane;
+mod deployed;
 mod dns;
 mod image;
 mod kubectl;
@@ -39,9 +41,11 @@ mod tunnel;
 use account::Account;
 pub use control_plane::{ADDRESS_TYPES, Egress};
 use control_plane::{ControlPlane, PUBLIC};
+use deployed::CLOUD;
+pub use deployed::{Deployed, LATE, Prober, Probes, WORKLOADS};
 pub use dns::CoreDns;
 pub use kubectl::Kubectl;
-use node::Node;
+use node::{EDGE, Node};
 use pki::Pki;
 pub use rbac::Grant;
 pub use running::Running;
@@ -59,11 +63,11 @@ const READDRESSED: Duration = Duration::from_secs(60);
 /// State folders of ours start so; the pid of the run follows.
 const STATE: &str = "corvid-k8s-";
 
-/// A running cluster. Its parts are dropped from the first to the last.
+/// A running cluster, and how the tunnel runs in it. Its parts are dropped from the first to the last.
 #[derive(Debug)]
-pub struct Cluster {
+pub struct Cluster<T = Tunnel> {
     kubectl: Kubectl,
-    tunnel: Tunnel,
+    tunnel: T,
     nodes: Vec<Node>,
     control_plane: ControlPlane,
     pki: Pki,
@@ -100,13 +104,13 @@ impl Cluster {
         let pki = Pki::new(&state.join("pki"))?;
 
         let apiserver = tools.join("kube-apiserver");
-        let mut control_plane = ControlPlane::start(&cloud, &apiserver, &pki, state, logs)?;
+        let mut control_plane = ControlPlane::start(&cloud, &apiserver, &pki, state, logs, false)?;
         control_plane.apiserver(&pki, &Egress::Unix(Tunnel::socket(state)))?;
         // kube-apiserver takes seconds: whatever can be done meanwhile is done now.
         let archive = image::make(state)?;
         let mut nodes = Vec::new();
         for name in NODES {
-            nodes.push(Node::start(&net.host(name)?, state, logs)?);
+            nodes.push(Node::start(&net.host(name)?, &EDGE, state, logs)?);
         }
         for node in &nodes {
             node.import(&archive)?;
@@ -150,6 +154,19 @@ impl Cluster {
         Ok(())
     }
 
+    /// The daemons.
+    #[must_use]
+    pub const fn tunnel(&self) -> &Tunnel {
+        &self.tunnel
+    }
+
+    /// The daemons, to start one of them again.
+    pub const fn tunnel_mut(&mut self) -> &mut Tunnel {
+        &mut self.tunnel
+    }
+}
+
+impl<T> Cluster<T> {
     /// Waits until a pod is ready.
     ///
     /// # Errors
@@ -176,24 +193,33 @@ impl Cluster {
     /// # Errors
     /// When a kubelet does not start again, or Kubernetes does not learn of it.
     pub fn readdress(&mut self) -> Result<Vec<IpAddr>> {
-        let (kubelet, server) = (tools()?.join("kubelet"), format!("https://{PUBLIC}:6443"));
         let mut addresses = Vec::new();
-        for (last, node) in (21..).zip(&mut self.nodes) {
-            let name = node.name().to_owned();
+        for (last, name) in (21..).zip(NODES) {
             let address = IpAddr::from([192, 168, 1, last]);
-            let host = self.net.host(&name)?;
-            host.ip(&format!("addr add {address}/24 dev eth0"))?;
-            node.kubelet(&kubelet, &self.pki, address, &server)?;
-            let internal = "jsonpath={.status.addresses[?(@.type=='InternalIP')].address}";
-            let get = ["get", "node", &name, "-o", internal];
-            until(READDRESSED, &format!("{name} has {address}"), || {
-                let now = String::from_utf8(self.kubectl.ok(&get)?)?;
-                ensure!(now == address.to_string(), "{now}");
-                Ok(())
-            })?;
+            self.host(name)?
+                .ip(&format!("addr add {address}/24 dev eth0"))?;
+            self.move_node(name, address)?;
             addresses.push(address);
         }
         Ok(addresses)
+    }
+
+    /// Has a node's kubelet take another address of its host.
+    ///
+    /// # Errors
+    /// When the kubelet does not start again, or Kubernetes does not learn of it.
+    pub fn move_node(&mut self, name: &str, address: IpAddr) -> Result<()> {
+        let (kubelet, server) = (tools()?.join("kubelet"), format!("https://{PUBLIC}:6443"));
+        let node = self.nodes.iter_mut().find(|node| node.name() == name);
+        let node = node.with_context(|| format!("no node {name}"))?;
+        node.kubelet(&kubelet, &self.pki, address, &server)?;
+        let internal = "jsonpath={.status.addresses[?(@.type=='InternalIP')].address}";
+        let get = ["get", "node", name, "-o", internal];
+        until(READDRESSED, &format!("{name} has {address}"), || {
+            let now = String::from_utf8(self.kubectl.ok(&get)?)?;
+            ensure!(now == address.to_string(), "{now}");
+            Ok(())
+        })
     }
 
     /// Creates an object.
@@ -231,17 +257,6 @@ impl Cluster {
         &self.kubectl
     }
 
-    /// The daemons.
-    #[must_use]
-    pub const fn tunnel(&self) -> &Tunnel {
-        &self.tunnel
-    }
-
-    /// The daemons, to start one of them again.
-    pub const fn tunnel_mut(&mut self) -> &mut Tunnel {
-        &mut self.tunnel
-    }
-
     /// A host of the net: `cloud`, `edge1`, …
     ///
     /// # Errors
@@ -272,7 +287,7 @@ fn sweep() -> Result<()> {
             .and_then(|rest| rest.split('-').next());
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             let path = entry.path();
-            for node in NODES {
+            for node in NODES.iter().chain(&[CLOUD, LATE]) {
                 node::sweep(&path.join(node))?;
             }
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
@@ -290,6 +305,9 @@ pub fn tools() -> Result<PathBuf> {
     for name in [
         "coredns",
         "kube-apiserver",
+        "kube-controller-manager",
+        "kube-proxy",
+        "kube-scheduler",
         "kubeadm",
         "kubectl",
         "kubelet",

@@ -6,6 +6,7 @@ pub mod konnectivity;
 pub mod kubelet;
 pub mod lab;
 pub mod link;
+pub mod manifests;
 pub mod net;
 pub mod pattern;
 pub mod process;

@@ -61,8 +61,8 @@ impl App {
     /// When an address is taken or not allowed.
     pub fn bind(config: Config) -> Result<Bound, AppError> {
         let metrics = Metrics::new(env!("CARGO_PKG_VERSION"));
-        let observe = Endpoint::observe(&config.observe, &metrics)?;
-        let admin = Endpoint::admin(&config.admin, &metrics)?;
+        let observe = Endpoint::observe(&config.observe, &metrics, config.handover)?;
+        let admin = Endpoint::admin(&config.admin, &metrics, config.handover)?;
         let registry = Registry::new();
         let resolver = Resolver::new();
         let agent_metrics = AgentMetrics::new();
@@ -164,7 +164,8 @@ impl Bound {
         let routes = Routes::observe(readiness.clone(), &owners, self.metrics.clone());
         endpoints::serve(&groups.endpoints, "observe", self.observe, routes);
         let agent = self.config.name.to_string();
-        let routes = endpoints::admin(self.log.clone(), Arc::clone(&registry), agent);
+        let routes = endpoints::admin(self.log.clone(), Arc::clone(&registry), agent)
+            .probes(readiness.clone(), &owners);
         endpoints::serve(&groups.endpoints, "admin", self.admin, routes);
         let watched = groups.endpoints.clone();
         let _watchdog = sd::Watchdog::start(move || watched.failure().is_none());

@@ -1,8 +1,10 @@
 //! The command line.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use daemon::admin::Probe;
 use daemon::{Listen, LogFormat};
 
 use crate::config::Overrides;
@@ -48,6 +50,19 @@ pub enum Command {
     CheckConfig(Settings),
     /// Show the sessions of the agent that runs on this host.
     Status(Status),
+    /// Ask the agent that runs on this host whether it is alive or ready.
+    #[command(
+        long_about = "Ask the agent that runs on this host whether it is alive or ready; exit with 0 or 1 and say what is \
+        missing.\n\n\
+        For probes, where agents share an address (`handover`) and the one that answers there may be another."
+    )]
+    Probe {
+        /// live or ready.
+        what: Probe,
+        /// Where.
+        #[command(flatten)]
+        admin: Admin,
+    },
 }
 
 /// Where the configuration comes from; flags and variables go before the file.
@@ -70,6 +85,14 @@ pub struct Settings {
         value_delimiter = ','
     )]
     pub servers: Vec<String>,
+    /// An address of the node beside those of the interfaces; may be given several times.
+    #[arg(
+        long = "node-address",
+        value_name = "IP",
+        env = "CORVID_NODE_ADDRESSES",
+        value_delimiter = ','
+    )]
+    pub node_addresses: Vec<IpAddr>,
     /// File with the join token; read anew at each attempt.
     #[arg(long, value_name = "FILE", env = "CORVID_JOIN_TOKEN_FILE")]
     pub join_token_file: Option<PathBuf>,
@@ -96,8 +119,21 @@ pub struct Status {
     /// As JSON.
     #[arg(long)]
     pub json: bool,
+    /// Where.
+    #[command(flatten)]
+    pub admin: Admin,
+}
+
+/// Where the agent is asked.
+#[derive(Debug, Args)]
+pub struct Admin {
     /// Admin endpoint of the agent.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9443")]
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        env = "CORVID_ADMIN",
+        default_value = "127.0.0.1:9443"
+    )]
     pub admin: Listen,
 }
 
@@ -118,6 +154,7 @@ impl Settings {
                 .filter(|text| !text.is_empty())
                 .cloned()
                 .collect(),
+            node_addresses: self.node_addresses.clone(),
             join_token: join_token.map(Into::into),
             join_token_file: self.join_token_file.clone(),
             service_account_token_file: self.service_account_token_file.clone(),

@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use daemon::{Exit, Signals, admin, limits, telemetry};
 
 use crate::app::App;
 use crate::candidate::Candidates;
-use crate::cli::{Command, Settings, Status};
+use crate::cli::{Admin, Command, Settings, Status};
 use crate::config::{self, Config};
 use crate::drain::Stop;
 use crate::enroll::{Enrolment, Expiry};
@@ -37,6 +38,11 @@ pub async fn run(command: Command) -> anyhow::Result<Exit> {
             Ok(Exit::Drained)
         }
         Command::Status(status) => show(&status).await,
+        Command::Probe { what, admin } => {
+            let answer = ask(&admin, what.path()).await?;
+            say(&String::from_utf8_lossy(&answer))?;
+            Ok(Exit::Drained)
+        }
     }
 }
 
@@ -114,9 +120,7 @@ async fn enroll(settings: &Settings) -> anyhow::Result<Exit> {
 }
 
 async fn show(status: &Status) -> anyhow::Result<Exit> {
-    let body = admin::client::get(&status.admin, "/sessions")
-        .await
-        .with_context(|| format!("ask the agent at {}", status.admin))?;
+    let body = ask(&status.admin, "/sessions").await?;
     if status.json {
         say(&format!("{}\n", String::from_utf8_lossy(&body)))?;
     } else {
@@ -125,6 +129,11 @@ async fn show(status: &Status) -> anyhow::Result<Exit> {
         say(&table(&sessions))?;
     }
     Ok(Exit::Drained)
+}
+
+async fn ask(Admin { admin }: &Admin, path: &str) -> anyhow::Result<Bytes> {
+    let answer = admin::client::get(admin, path).await;
+    answer.with_context(|| format!("ask the agent at {admin}"))
 }
 
 /// Writes to standard output; a closed pipe is the reader's choice.

@@ -53,6 +53,8 @@ pub struct Config {
     pub congestion: Congestion,
     /// How to stop.
     pub drain: Drain,
+    /// Another agent of this configuration may run until this one has taken over.
+    pub handover: bool,
     /// livez, readyz, metrics.
     pub observe: Listen,
     /// Sessions and log level, for operators on this machine.
@@ -172,6 +174,8 @@ pub struct Overrides {
     pub state_dir: Option<PathBuf>,
     /// `servers`; empty keeps the file's.
     pub servers: Vec<String>,
+    /// `nodeAddresses`; empty keeps the file's.
+    pub node_addresses: Vec<IpAddr>,
     /// `join.token`
     pub join_token: Option<SecretString>,
     /// `join.tokenFile`
@@ -218,6 +222,7 @@ impl Config {
             ("backoff", self.backoff != new.backoff),
             ("congestion", self.congestion != new.congestion),
             ("drain", self.drain != new.drain),
+            ("handover", self.handover != new.handover),
             ("observe", self.observe != new.observe),
             ("admin", self.admin != new.admin),
             ("log.format", self.log_format != new.log_format),

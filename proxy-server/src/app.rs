@@ -252,6 +252,7 @@ impl App {
                 options.mode = mode;
             }
             options.transparent = frontend.transparent();
+            options.handover = config.handover;
             let listen = frontend.listen();
             let listener = Listener::bind_with(listen, options)
                 .with_context(|| format!("listen on {listen}"))?;
@@ -391,6 +392,9 @@ impl Bound {
             None => for_ever(&service, "authority", authority.follow_dir()),
         }
         if let Some(watch) = self.watch {
+            if let Some(pods) = watch.cluster.pods() {
+                for_ever(&service, "pods", pods.follow(watch.source.clone()));
+            }
             for_ever(&service, "cluster", watch.run());
         }
         if let Some(publisher) = self.publisher {

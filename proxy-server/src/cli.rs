@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use certs::AgentPattern;
 use clap::{Args, Parser, Subcommand};
+use daemon::admin::Probe;
 use daemon::{Exit, LogFormat, Signals};
 
 use crate::app::{App, Environment};
@@ -40,6 +41,15 @@ enum Command {
     /// Show the sessions of the server that runs here, with agents and with other servers, and how fresh its knowledge of
     /// the cluster is.
     Status(StatusArgs),
+    /// Ask the server that runs here whether it is alive or ready; exit with 0 or 1 and say what is missing.
+    ///
+    /// For probes, where servers share an address (`handover`) and the one that answers there may be another.
+    Probe {
+        /// live or ready.
+        what: Probe,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
     /// Show the nodes that are known, who serves each, and whether it is reached through a session.
     Nodes(StatusArgs),
     /// Show the other proxy-servers: where each is, whether there is a session with it or why not, and how many agents it has
@@ -127,6 +137,12 @@ struct StatusArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+#[derive(Debug, Args)]
+struct SocketArgs {
     /// The server's admin socket.
     #[arg(long, env = "CORVID_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET)]
     socket: PathBuf,
@@ -320,9 +336,10 @@ pub fn main(cli: Cli) -> Exit {
             Ok(config) => commands::say(&commands::checked(&args.config, &config)),
             Err(error) => commands::fail(&error, error.exit()),
         },
-        Command::Status(args) => commands::finish(commands::status(&args.socket, args.json)),
-        Command::Nodes(args) => commands::finish(commands::nodes(&args.socket, args.json)),
-        Command::Peers(args) => commands::finish(commands::peers(&args.socket, args.json)),
+        Command::Status(args) => commands::finish(commands::status(&args.socket.socket, args.json)),
+        Command::Probe { what, socket } => commands::finish(commands::probe(&socket.socket, what)),
+        Command::Nodes(args) => commands::finish(commands::nodes(&args.socket.socket, args.json)),
+        Command::Peers(args) => commands::finish(commands::peers(&args.socket.socket, args.json)),
         Command::Token(command) => commands::finish(token(command)),
         Command::Agent(AgentCommand::Revoke { state, name }) => {
             commands::finish(commands::agent_revoke(&state, &name))

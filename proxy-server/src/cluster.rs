@@ -1,7 +1,7 @@
 //! What the cluster knows of its nodes, and how fresh that is. The only place that asks Kubernetes anything.
 //!
-//! The nodes are read in pages, then watched; each change makes a new [`ClusterTable`], which routing reads. Without the
-//! `kubernetes:` section nothing here runs and the table is empty.
+//! The nodes are read in pages, then watched; each change makes a new [`ClusterTable`], which routing reads. So are pods, where
+//! they are destinations ([`pods`]). Without the `kubernetes:` section nothing here runs and the table is empty.
 //!
 //! | state | from it by | routes |
 //! | --- | --- | --- |
@@ -27,14 +27,18 @@
 mod ask;
 mod client;
 pub mod dns;
+mod follow;
 pub mod lease;
 mod members;
 pub mod nodes;
 mod pace;
+mod plan;
+mod pods;
 mod questions;
 mod standing;
 mod table;
 mod tokens;
+mod trust;
 mod vault;
 mod watch;
 
@@ -48,9 +52,11 @@ pub(crate) use dns::Publisher;
 pub(crate) use members::Endpoints;
 use nodes::Nodes;
 use parking_lot::Mutex;
+use pods::Pods;
 pub(crate) use questions::Questions;
 pub(crate) use standing::{Standing, Verdict};
 pub use table::ClusterTable;
+use table::Reach;
 pub(crate) use tokens::Tokens;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::Instant;
@@ -66,6 +72,8 @@ pub struct Cluster {
     table: ArcSwap<ClusterTable>,
     freshness: Mutex<Freshness>,
     published: Option<Arc<Published>>,
+    /// Pods are destinations.
+    reach: Option<Reach>,
     changed: Sender<()>,
     metrics: ClusterMetrics,
 }
@@ -99,6 +107,10 @@ impl Cluster {
     pub fn configured(settings: &Kubernetes, metrics: &daemon::Metrics) -> Self {
         let mut cluster = Self::default();
         cluster.freshness.lock().configured = true;
+        cluster.reach = settings.pods.as_ref().map(|pods| Reach {
+            pods: Arc::default(),
+            domain: pods.cluster_domain.clone(),
+        });
         metrics.register(|registry| cluster.metrics.register(registry));
         if let Some(dns) = &settings.dns {
             let of_dns = DnsMetrics::default();
@@ -107,6 +119,11 @@ impl Cluster {
         }
         cluster.export();
         cluster
+    }
+
+    /// What is known of pods, to be followed; `None` where they are no destinations.
+    pub(crate) fn pods(&self) -> Option<Arc<Pods>> {
+        self.reach.as_ref().map(|reach| Arc::clone(&reach.pods))
     }
 
     /// The nodes now.
@@ -163,7 +180,8 @@ impl Cluster {
         count("all", nodes.len());
         count("ready", nodes.values().filter(|node| node.ready).count());
         count("edge", nodes.values().filter(|node| node.edge).count());
-        self.table.store(Arc::new(ClusterTable::new(nodes)));
+        let table = ClusterTable::reaching(nodes, self.reach.clone());
+        self.table.store(Arc::new(table));
         self.changed.send_replace(());
     }
 

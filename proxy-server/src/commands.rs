@@ -7,8 +7,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 pub use ca::{ca_retire, ca_rotate, ca_show, cert_issue};
 use certs::{CaDir, Clock, Issuer, Name, NewToken, Store, TrustDomain};
+use daemon::admin::Probe;
 use daemon::{Exit, Listen};
 use secrecy::ExposeSecret as _;
 use serde::Serialize;
@@ -322,6 +324,15 @@ pub fn peers(socket: &Path, json: bool) -> anyhow::Result<String> {
     Ok(status::peer_table(&peers))
 }
 
+/// `probe`
+///
+/// # Errors
+/// The answer is no, or no server answers on the socket.
+pub fn probe(socket: &Path, what: Probe) -> anyhow::Result<String> {
+    let answer = get(socket, what.path())?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
 /// `nodes`
 ///
 /// # Errors
@@ -335,12 +346,15 @@ pub fn nodes(socket: &Path, json: bool) -> anyhow::Result<String> {
 }
 
 fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
+    serde_json::from_slice(&get(socket, path)?).context("read the answer")
+}
+
+fn get(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let listen = Listen::Unix(socket.to_owned());
-    let body = runtime
+    runtime
         .block_on(daemon::admin::client::get(&listen, path))
-        .with_context(|| format!("ask the server at {}", socket.display()))?;
-    serde_json::from_slice(&body).context("read the answer")
+        .with_context(|| format!("ask the server at {}", socket.display()))
 }

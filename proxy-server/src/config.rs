@@ -26,7 +26,7 @@ pub use dns::{Dns, LeaseTimes, ObjectName};
 pub use enrol::Enrol;
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
-pub use kubernetes::{Kubernetes, NAMESPACE, Pool, Selector};
+pub use kubernetes::{Kubernetes, NAMESPACE, Pods, Pool, Selector};
 pub use peers::Peers;
 use proto::AgentName;
 use serde::Deserialize;
@@ -74,6 +74,9 @@ pub struct Config {
     /// How to stop.
     #[serde(default)]
     pub drain: Drain,
+    /// Another process of this configuration may run until this one has taken over.
+    #[serde(default)]
+    pub handover: bool,
     /// livez, readyz, metrics.
     #[serde(default)]
     pub observe: Observe,

@@ -10,7 +10,7 @@
 //! | --- | --- | --- |
 //! | `--dry-run` | the configuration, all nodes once | shows, and needs no privilege |
 //! | `--apply` | the same | shows, makes the table in one transaction, ends |
-//! | `--run` | the same, and follows the nodes | the same, keeps the table right (`redirect/keep.rs`), removes it at its end |
+//! | `--run` | the same, and follows the nodes | the same, keeps the table right (`redirect/keep.rs`), removes it at its end unless another run is there (`redirect/presence.rs`) |
 //! | `--remove` | nothing | removes the table; it need not be there |
 //!
 //! | failure | what happens |
@@ -24,6 +24,7 @@
 mod addresses;
 mod keep;
 mod nft;
+mod presence;
 mod report;
 mod ruleset;
 
@@ -37,6 +38,7 @@ use daemon::{ConfigError, Exit, Signals, Tasks};
 use ipnet::IpNet;
 use keep::Keeper;
 use nft::NftError;
+use presence::Presence;
 use report::Report;
 use ruleset::{Lead, Ruleset};
 use tokio::time::timeout;
@@ -246,6 +248,7 @@ async fn run(
     daemon::telemetry::init(config.log.format, &config.log.level)?;
     let signals = Signals::install().map_err(RedirectError::Process)?;
     let (shutdown, tasks) = (signals.shutdown(), Tasks::new());
+    let presence = Presence::new().map_err(RedirectError::Process)?;
     let cluster = match watch {
         Some(watch) => {
             let cluster = Arc::clone(&watch.cluster);
@@ -265,14 +268,14 @@ async fn run(
         () = shutdown.cancelled() => {}
     }
     if shutdown.is_cancelled() {
-        nft::remove().await?;
+        leave(presence).await?;
         return Ok(Exit::Drained);
     }
     let mut keeper = Keeper::new(command, config, settings, cluster);
     let begun = keeper.begin().await;
     if let Err(error) = begun {
         // What a killed run has left is removed too: nobody would keep it right.
-        nft::remove().await.ok();
+        leave(presence).await.ok();
         return Err(error.into());
     }
     daemon::sd::ready();
@@ -295,7 +298,17 @@ async fn run(
     };
     daemon::sd::stopping();
     tasks.drain(nft::LIMIT).await;
-    nft::remove().await?;
-    tracing::info!("the rules are removed");
+    leave(presence).await?;
     Ok(exit)
+}
+
+/// Removes the rules, unless another run keeps them.
+async fn leave(presence: Presence) -> Result<(), NftError> {
+    if presence.leaves_nobody() {
+        nft::remove().await?;
+        tracing::info!("the rules are removed");
+    } else {
+        tracing::info!("the rules stay: another run keeps them");
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, setrlimit};
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
 use super::*;
@@ -251,4 +251,90 @@ async fn a_socket_that_another_process_has_replaced_is_left_alone() {
     drop(first);
     let _client = UnixStream::connect(&path).await.unwrap();
     second.accept().await.unwrap();
+}
+
+fn handing_over(listen: &Listen) -> Listener {
+    let options = BindOptions {
+        handover: true,
+        ..BindOptions::default()
+    };
+    Listener::bind_with(listen, options).unwrap()
+}
+
+/// One listener takes over from another, with connections in the queue of the one that closes; each must be answered.
+/// `dial` doesn't wait, so that the accepting tasks don't run meanwhile.
+async fn nobody_is_refused<S: AsyncRead + Unpin>(listen: Listen, dial: impl Fn() -> S) {
+    let first = handing_over(&listen);
+    let tasks = Tasks::new();
+    let serve = |listener: Listener, byte: u8| {
+        let (owner, stop) = (tasks.clone(), CancellationToken::new());
+        let stopping = stop.clone();
+        tasks.spawn("accept", async move {
+            let answer = |mut stream: Stream, _| async move {
+                stream.write_all(&[byte]).await.unwrap();
+            };
+            listener
+                .serve("connection", &owner, stopping, answer)
+                .await
+                .unwrap();
+        });
+        stop
+    };
+    let first = serve(first, 1);
+    assert_eq!(dial().read_u8().await.unwrap(), 1);
+    let mut waiting: Vec<_> = (0..32).map(|_| dial()).collect();
+    let second = serve(handing_over(&listen), 2);
+    waiting.extend((0..32).map(|_| dial()));
+    first.cancel();
+    let mut by_first = 0;
+    for stream in &mut waiting {
+        by_first += usize::from(stream.read_u8().await.unwrap() == 1);
+    }
+    assert!((32..=64).contains(&by_first), "{by_first}");
+    assert_eq!(dial().read_u8().await.unwrap(), 2);
+    second.cancel();
+    assert_eq!(tasks.drain(Duration::from_secs(30)).await, Drained::Clean);
+}
+
+#[tokio::test]
+async fn a_listener_takes_over_a_tcp_address_and_no_connection_is_refused() {
+    let free = loopback(BindOptions::default()).bound().clone();
+    let addr = free.tcp().unwrap();
+    let dial = || {
+        let stream = std::net::TcpStream::connect(addr).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        TcpStream::from_std(stream).unwrap()
+    };
+    nobody_is_refused(free, dial).await;
+}
+
+#[tokio::test]
+async fn a_listener_takes_over_a_unix_socket_and_no_connection_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("connect.sock");
+    let dial = || {
+        let stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        UnixStream::from_std(stream).unwrap()
+    };
+    nobody_is_refused(Listen::Unix(path.clone()), dial).await;
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
+async fn an_address_is_taken_over_from_nobody_who_did_not_say_so() {
+    let alone = loopback(BindOptions::default());
+    let options = BindOptions {
+        handover: true,
+        ..BindOptions::default()
+    };
+    let error = Listener::bind_with(alone.bound(), options.clone()).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("precious");
+    std::fs::write(&path, "data").unwrap();
+    let error = Listener::bind_with(&Listen::Unix(path.clone()), options).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "data");
 }

@@ -1,6 +1,7 @@
 //! One request to an endpoint of this machine: what `status` commands use.
 
 use std::io;
+use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -72,6 +73,37 @@ pub enum ClientError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+/// What a probe asks for: see [`super::Routes::probes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// `/livez`
+    Live,
+    /// `/readyz`
+    Ready,
+}
+
+impl Probe {
+    /// Where the answer is.
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Live => "/livez",
+            Self::Ready => "/readyz",
+        }
+    }
+}
+
+impl FromStr for Probe {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "live" => Ok(Self::Live),
+            "ready" => Ok(Self::Ready),
+            _ => Err("there are live and ready"),
+        }
+    }
 }
 
 /// `GET path`; the answer's body if its status is 200.

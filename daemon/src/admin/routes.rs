@@ -82,11 +82,20 @@ impl Routes {
     /// `GET /livez` (no critical task of `tasks` has ended), `GET /readyz` (503 with one line for each thing that is
     /// missing) and `GET /metrics`.
     pub fn observe(readiness: Readiness, tasks: &[Tasks], metrics: Metrics) -> Self {
-        let tasks = tasks.to_vec();
         Self::new()
-            .get("/livez", move |_| std::future::ready(livez(&tasks)))
-            .get("/readyz", move |_| std::future::ready(readyz(&readiness)))
+            .probes(readiness, tasks)
             .get("/metrics", move |_| std::future::ready(encoded(&metrics)))
+    }
+
+    /// Adds `GET /livez` and `GET /readyz`, as [`Routes::observe`] has them. As kube-apiserver's, `/readyz?exclude=NAME` leaves
+    /// one thing out: `draining` for who looks by other means at whether the service goes.
+    #[must_use]
+    pub fn probes(self, readiness: Readiness, tasks: &[Tasks]) -> Self {
+        let tasks = tasks.to_vec();
+        self.get("/livez", move |_| std::future::ready(livez(&tasks)))
+            .get("/readyz", move |request| {
+                std::future::ready(readyz(&readiness, request.query.as_deref()))
+            })
     }
 
     /// `GET` and `PUT /log-level`, with the filter as the body; add the service's own.
@@ -178,8 +187,14 @@ fn livez(tasks: &[Tasks]) -> Reply {
     }
 }
 
-fn readyz(readiness: &Readiness) -> Reply {
-    let missing = readiness.missing();
+fn readyz(readiness: &Readiness, query: Option<&str>) -> Reply {
+    let excluded: Vec<&str> = query
+        .into_iter()
+        .flat_map(|query| query.split('&'))
+        .filter_map(|part| part.strip_prefix("exclude="))
+        .collect();
+    let mut missing = readiness.missing();
+    missing.retain(|name| !excluded.contains(&name.as_str()));
     if missing.is_empty() {
         return Reply::text(StatusCode::OK, "ok\n");
     }

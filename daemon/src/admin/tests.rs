@@ -27,7 +27,7 @@ impl Served {
 
     fn observe(readiness: &Readiness, watched: &[Tasks]) -> Self {
         let metrics = Metrics::new("1.2.3");
-        let endpoint = Endpoint::observe(&LOOPBACK.parse().unwrap(), &metrics).unwrap();
+        let endpoint = Endpoint::observe(&LOOPBACK.parse().unwrap(), &metrics, false).unwrap();
         Self::new(
             endpoint,
             Routes::observe(readiness.clone(), watched, metrics),
@@ -37,7 +37,7 @@ impl Served {
     fn admin(routes: Routes) -> Self {
         let listen = LOOPBACK.parse().unwrap();
         Self::new(
-            Endpoint::admin(&listen, &Metrics::new("0")).unwrap(),
+            Endpoint::admin(&listen, &Metrics::new("0"), false).unwrap(),
             routes,
         )
     }
@@ -90,8 +90,27 @@ async fn readyz_lists_what_is_missing() {
     let draining = "not ready: draining".to_owned();
     assert_eq!(
         served.get("/readyz").await,
-        Err((StatusCode::SERVICE_UNAVAILABLE, draining))
+        Err((StatusCode::SERVICE_UNAVAILABLE, draining.clone()))
     );
+    for (query, answer) in [
+        ("exclude=draining", Ok("ok\n".to_owned())),
+        ("verbose&exclude=x&exclude=draining", Ok("ok\n".to_owned())),
+        (
+            "exclude=drain",
+            Err((StatusCode::SERVICE_UNAVAILABLE, draining.clone())),
+        ),
+        (
+            "draining",
+            Err((StatusCode::SERVICE_UNAVAILABLE, draining.clone())),
+        ),
+        ("", Err((StatusCode::SERVICE_UNAVAILABLE, draining))),
+    ] {
+        assert_eq!(
+            served.get(&format!("/readyz?{query}")).await,
+            answer,
+            "{query}"
+        );
+    }
 }
 
 #[tokio::test]
@@ -133,7 +152,8 @@ async fn admin_refuses_to_listen_beyond_loopback() {
         "192.0.2.1:9442",
         "[::ffff:192.0.2.1]:9442",
     ] {
-        let error = Endpoint::admin(&listen.parse().unwrap(), &Metrics::new("0")).unwrap_err();
+        let error =
+            Endpoint::admin(&listen.parse().unwrap(), &Metrics::new("0"), false).unwrap_err();
         assert!(
             matches!(error, AdminError::NotLoopback(_)),
             "{listen}: {error}"
@@ -170,7 +190,7 @@ async fn routes_of_the_service_are_served_over_a_unix_socket() {
         Reply::json(&[request.query])
     });
     let served = Served::new(
-        Endpoint::admin(&listen, &Metrics::new("0")).unwrap(),
+        Endpoint::admin(&listen, &Metrics::new("0"), false).unwrap(),
         routes,
     );
     assert_eq!(

@@ -40,7 +40,7 @@ impl Account {
         kubectl.ok(&["create", "serviceaccount", NAME, "-n", NAMESPACE])?;
         let service = ["create", "service", "clusterip", SERVICE, "--tcp=10250"];
         kubectl.ok(&[&service[..], &["-n", NAMESPACE]].concat())?;
-        kubectl.ok(&["apply", "-f", &manifests().display().to_string()])?;
+        kubectl.ok(&["apply", "-k", &manifests().display().to_string()])?;
         let token = kubectl.ok(&["create", "token", NAME, "-n", NAMESPACE])?;
         let token = String::from_utf8(token)?;
         fs::write(dir.join("token"), token.trim())?;

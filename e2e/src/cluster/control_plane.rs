@@ -115,6 +115,8 @@ pub(super) struct ControlPlane {
     state: PathBuf,
     logs: PathBuf,
     apiserver: Option<Process>,
+    /// Controllers run, which make service accounts.
+    controllers: bool,
     _etcd: Process,
 }
 
@@ -126,6 +128,7 @@ impl ControlPlane {
         pki: &Pki,
         state: &Path,
         logs: &Path,
+        controllers: bool,
     ) -> Result<Self> {
         let etcd = Spawn::new("etcd", "etcd")
             .arg("--data-dir")
@@ -163,6 +166,7 @@ impl ControlPlane {
             state: state.to_owned(),
             logs: logs.to_owned(),
             apiserver: None,
+            controllers,
             _etcd: etcd,
         })
     }
@@ -208,9 +212,10 @@ impl ControlPlane {
             ("proxy-client-key-file", path("kubelet-client.key")),
             ("enable-aggregator-routing", "true".to_owned()),
             ("authorization-mode", "Node,RBAC".to_owned()),
-            // No controllers run, so nobody makes service accounts.
-            ("disable-admission-plugins", "ServiceAccount".to_owned()),
         ];
+        // Without controllers nobody makes service accounts.
+        let admission = "--disable-admission-plugins=ServiceAccount";
+        let admission = (!self.controllers).then_some(admission);
         let [hosts, resolver] = egress.resolution(&self.state)?;
         let apiserver = Spawn::new("kube-apiserver", "unshare")
             .args([
@@ -223,6 +228,7 @@ impl ControlPlane {
             .arg(&resolver)
             .arg(&self.program)
             .args(flags.map(|(flag, value)| format!("--{flag}={value}")))
+            .args(admission)
             .args(egress.flags(&self.state)?)
             .host(&self.host)
             .start(&self.logs)?;

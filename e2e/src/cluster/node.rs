@@ -14,12 +14,29 @@ use super::{image, sandbox};
 use crate::net::Host;
 use crate::process::Process;
 
+/// What differs between nodes.
+#[derive(Debug)]
+pub(super) struct Kind {
+    /// What the kubelet labels its node with.
+    pub(super) labels: &'static str,
+    /// Where its pods' addresses are from.
+    pub(super) pods: &'static str,
+}
+
+/// All nodes at the edge give their pods addresses of one range, as sites that know nothing of each other do. The proxy-server
+/// takes nodes with this label for edges, whether or not their agent was ever seen.
+pub(super) const EDGE: Kind = Kind {
+    labels: "openyurt.io/is-edge-worker=true",
+    pods: "10.244.1.0/24",
+};
+
 /// A node that was started.
 #[derive(Debug)]
 pub(super) struct Node {
     name: String,
     dir: PathBuf,
     logs: PathBuf,
+    labels: &'static str,
     kubelet: Option<Process>,
     containerd: Process,
     // Ends whatever the two have started, so it goes last.
@@ -28,13 +45,16 @@ pub(super) struct Node {
 
 impl Node {
     /// Starts containerd; the node has the name of its host.
-    pub(super) fn start(host: &Host, state: &Path, logs: &Path) -> Result<Self> {
+    pub(super) fn start(host: &Host, kind: &Kind, state: &Path, logs: &Path) -> Result<Self> {
         let name = host.name().to_owned();
         let dir = state.join(&name);
         fs::create_dir_all(dir.join("cni"))?;
         let sandbox = Sandbox::new(host, tasks(&dir), logs)?;
         fs::write(dir.join("containerd.toml"), containerd_toml(&dir))?;
-        fs::write(dir.join("cni/10-pods.conflist"), cni(&dir).to_string())?;
+        fs::write(
+            dir.join("cni/10-pods.conflist"),
+            cni(&dir, kind.pods).to_string(),
+        )?;
         let containerd = sandbox
             .spawn(&format!("containerd-{name}"), "containerd")
             .arg("-c")
@@ -44,6 +64,7 @@ impl Node {
             name,
             dir,
             logs: logs.to_owned(),
+            labels: kind.labels,
             kubelet: None,
             containerd,
             sandbox,
@@ -103,12 +124,30 @@ impl Node {
             .args([
                 format!("--hostname-override={}", self.name),
                 format!("--node-ip={address}"),
-                // The proxy-server takes nodes with this label for edges, whether or not their agent was ever seen.
-                "--node-labels=openyurt.io/is-edge-worker=true".to_owned(),
+                format!("--node-labels={}", self.labels),
             ])
             .start(&self.logs)?;
         self.kubelet = Some(kubelet);
         Ok(())
+    }
+
+    /// Ends the kubelet, as a machine that is switched off; what it runs goes on.
+    pub(super) fn stop_kubelet(&mut self) -> Result<()> {
+        self.kubelet.take().map_or(Ok(()), |kubelet| kubelet.kill())
+    }
+
+    /// Where a file of the node's own file-system is, for programs outside.
+    pub(super) fn outside(&self, path: &str) -> PathBuf {
+        self.sandbox.outside(path)
+    }
+
+    /// Sends a signal to the first process of a container.
+    pub(super) fn signal(&self, container: &str, signal: &str) -> Result<()> {
+        let socket = self.socket().display().to_string();
+        let args = [
+            "-a", &socket, "-n", "k8s.io", "tasks", "kill", "--signal", signal, container,
+        ];
+        self.sandbox.run("ctr", &args, Duration::from_secs(60))
     }
 
     fn socket(&self) -> PathBuf {
@@ -187,8 +226,7 @@ state = "{dir}/containerd/state"
     )
 }
 
-/// Both nodes give their pods addresses of one range, as sites that know nothing of each other do.
-fn cni(dir: &Path) -> serde_json::Value {
+fn cni(dir: &Path, pods: &str) -> serde_json::Value {
     json!({
         "cniVersion": "0.4.0",
         "name": "pods",
@@ -196,10 +234,11 @@ fn cni(dir: &Path) -> serde_json::Value {
             "type": "bridge",
             "bridge": "cni0",
             "isGateway": true,
+            "ipMasq": true,
             "ipam": {
                 "type": "host-local",
                 "dataDir": dir.join("ipam"),
-                "ranges": [[{"subnet": "10.244.1.0/24"}]],
+                "ranges": [[{"subnet": pods}]],
                 "routes": [{"dst": "0.0.0.0/0"}],
             },
         }],

@@ -57,6 +57,14 @@ pub fn pod(node: &str) -> Value {
     of_node(&name(node), node, &containers)
 }
 
+/// A pod that serves what `web` serves, and nothing else.
+#[must_use]
+pub fn web(name: &str, node: &str) -> Value {
+    let web = content::awk(node, WEB_LINES);
+    let script = format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www");
+    of_node(name, node, &json!([container("web", &script)]))
+}
+
 /// The name of [`listener`].
 #[must_use]
 pub fn listener_name(node: &str) -> String {

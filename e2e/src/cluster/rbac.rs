@@ -31,6 +31,13 @@ impl Display for Grant {
 }
 
 impl Grant {
+    /// The name of the role that grants it.
+    #[must_use]
+    pub fn role(&self) -> &str {
+        let name = self.role.pointer("/metadata/name");
+        name.and_then(Value::as_str).unwrap_or_default()
+    }
+
     fn all_of(role: &Value) -> Vec<Self> {
         let mut grants = Vec::new();
         // As it was applied: what kube-apiserver adds names one version, which the next change ends.
@@ -94,7 +101,7 @@ impl Cluster {
     /// When kubectl can't read the files.
     pub fn grants(&self) -> Result<Vec<Grant>> {
         let files = manifests().display().to_string();
-        let all = ["apply", "-f", &files, "--dry-run=client", "-o", "json"];
+        let all = ["apply", "-k", &files, "--dry-run=client", "-o", "json"];
         let all: Value = serde_json::from_slice(&self.kubectl().ok(&all)?)?;
         let roles = list(&all, "items").filter(|object| {
             let kind = object.get("kind").and_then(Value::as_str);
@@ -123,7 +130,7 @@ impl Cluster {
     /// When the account does not have it.
     pub fn restore(&self, grant: &Grant) -> Result<()> {
         let files = manifests().display().to_string();
-        self.kubectl().ok(&["apply", "-f", &files])?;
+        self.kubectl().ok(&["apply", "-k", &files])?;
         self.wait_granted(grant, true)
     }
 

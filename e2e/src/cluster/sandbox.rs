@@ -72,6 +72,11 @@ impl Sandbox {
         ]
     }
 
+    /// Where a file inside is, seen from outside.
+    pub(super) fn outside(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
+    }
+
     /// A program to start inside.
     pub(super) fn spawn(&self, name: &str, program: &str) -> Spawn {
         Spawn::new(name, "nsenter").args(self.enter()).arg(program)

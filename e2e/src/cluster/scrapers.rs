@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
 use super::control_plane::PUBLIC;
-use super::{Cluster, NODES, tools};
+use super::{Cluster, Deployed, NODES, tools};
 use crate::net::Host;
 use crate::process::{Process, Spawn, output};
 
@@ -49,7 +49,10 @@ impl Cluster {
         let shown = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus");
         let text = fs::read_to_string(shown.join("edge-nodes.yaml"))?
             .replace("/etc/prometheus/corvid", &dir.display().to_string())
-            .replace("proxy-server.corvid.svc:8445", &format!("{PUBLIC}:{PROXY}"))
+            .replace(
+                "proxy-server-scrape.corvid.svc:8445",
+                &format!("{PUBLIC}:{PROXY}"),
+            )
             .replace("CHANGE-ME", PASSWORD)
             .replace("scrape_interval: 15s", "scrape_interval: 1s");
         let config = dir.join("prometheus.yaml");
@@ -81,11 +84,38 @@ impl Cluster {
         Ok(Prometheus { cloud, programs })
     }
 
-    /// Starts metrics-server, and tells kube-apiserver that it serves `metrics.k8s.io`.
+    /// Starts metrics-server, which asks through the forward proxy, by the nodes' names: they have one address.
     ///
     /// # Errors
     /// When it does not start, or kube-apiserver refuses an object.
     pub fn metrics_server(&self) -> Result<Process> {
+        let proxy = format!("https://{USER}:{PASSWORD}@{PUBLIC}:{PROXY}");
+        self.start_metrics_server(&self.scrapers_trust()?, "Hostname", &proxy)
+    }
+
+    /// The CA of the kubelets' certificates and that of the proxy's, in one file.
+    fn scrapers_trust(&self) -> Result<PathBuf> {
+        let kubelets = fs::read_to_string(self.pki.path("ca.crt"))?;
+        let proxy = fs::read_to_string(self.dir().join("tunnel/server/ca/ca.crt"))?;
+        let file = self.dir().join("scrapers-ca.crt");
+        fs::write(&file, kubelets + &proxy)?;
+        Ok(file)
+    }
+}
+
+impl Cluster<Deployed> {
+    /// Starts metrics-server, which dials the nodes' addresses.
+    ///
+    /// # Errors
+    /// When it does not start, or kube-apiserver refuses an object.
+    pub fn metrics_server(&self) -> Result<Process> {
+        self.start_metrics_server(Path::new(&self.pki.path("ca.crt")), "InternalIP", "")
+    }
+}
+
+impl<T> Cluster<T> {
+    /// Starts metrics-server, and tells kube-apiserver that it serves `metrics.k8s.io`.
+    fn start_metrics_server(&self, trust: &Path, addresses: &str, proxy: &str) -> Result<Process> {
         let dir = self.dir().join("metrics-server");
         fs::create_dir_all(&dir)?;
         // A token and no certificate: Kubernetes' clients show theirs to whoever asks, and the proxy asks.
@@ -109,19 +139,12 @@ impl Cluster {
                 format!("--authorization-kubeconfig={kubeconfig}"),
                 format!("--cert-dir={}", dir.display()),
                 format!("--secure-port={METRICS_SERVER}"),
-                format!(
-                    "--kubelet-certificate-authority={}",
-                    self.scrapers_trust()?.display()
-                ),
-                // Both nodes have one address: only their names tell them apart.
-                "--kubelet-preferred-address-types=Hostname".to_owned(),
+                format!("--kubelet-certificate-authority={}", trust.display()),
+                format!("--kubelet-preferred-address-types={addresses}"),
                 "--metric-resolution=10s".to_owned(),
                 "--kubelet-request-timeout=5s".to_owned(),
             ])
-            .env(
-                "HTTPS_PROXY",
-                format!("https://{USER}:{PASSWORD}@{PUBLIC}:{PROXY}"),
-            )
+            .env("HTTPS_PROXY", proxy)
             .env("NO_PROXY", "127.0.0.1")
             .host(&self.host("cloud")?)
             .start(&self.logs())?;
@@ -130,15 +153,6 @@ impl Cluster {
             self.create(&object)?;
         }
         Ok(started)
-    }
-
-    /// The CA of the kubelets' certificates and that of the proxy's, in one file.
-    fn scrapers_trust(&self) -> Result<PathBuf> {
-        let kubelets = fs::read_to_string(self.pki.path("ca.crt"))?;
-        let proxy = fs::read_to_string(self.dir().join("tunnel/server/ca/ca.crt"))?;
-        let file = self.dir().join("scrapers-ca.crt");
-        fs::write(&file, kubelets + &proxy)?;
-        Ok(file)
     }
 
     /// Creates an object, unless it is there.

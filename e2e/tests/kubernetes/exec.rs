@@ -16,7 +16,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const LONG_DEADLINE: Duration = Duration::from_secs(180);
 
 /// Sends a megabyte, whose hash comes back only after the end of input has reached the container.
-pub(super) fn stdin(cluster: &Cluster) -> Result<String> {
+pub(super) fn stdin<T>(cluster: &Cluster<T>) -> Result<String> {
     for node in NODES {
         let sent = noise(node.len() as u64, 1_000_003);
         let pod = pods::name(node);
@@ -35,7 +35,7 @@ pub(super) fn stdin(cluster: &Cluster) -> Result<String> {
     Ok("1 MB to each node".to_owned())
 }
 
-pub(super) fn exit_codes(cluster: &Cluster) -> Result<String> {
+pub(super) fn exit_codes<T>(cluster: &Cluster<T>) -> Result<String> {
     let pod = pods::name("edge1");
     let cases = [
         ("true", 0),
@@ -61,7 +61,7 @@ pub(super) fn exit_codes(cluster: &Cluster) -> Result<String> {
 }
 
 /// A shell on a terminal, whose size is changed from outside while it runs.
-pub(super) fn terminal(cluster: &Cluster) -> Result<String> {
+pub(super) fn terminal<T>(cluster: &Cluster<T>) -> Result<String> {
     let pod = pods::name("edge2");
     let tty = cluster.dir().join("tty");
     // script makes the terminal that kubectl runs on, and ends with kubectl's status.
@@ -100,7 +100,7 @@ pub(super) fn terminal(cluster: &Cluster) -> Result<String> {
 }
 
 /// 100 MB into `cat` and out again, both ways at once.
-pub(super) fn cat(cluster: &Cluster) -> Result<String> {
+pub(super) fn cat<T>(cluster: &Cluster<T>) -> Result<String> {
     const LENGTH: usize = 100_000_000;
     let sent = noise(100, LENGTH);
     let start = Instant::now();
@@ -130,7 +130,7 @@ pub(super) fn cat(cluster: &Cluster) -> Result<String> {
 }
 
 /// Speaks to a container's own standard input, and hears its output. Its pods come for it and go with it.
-pub(super) fn attach(cluster: &Cluster) -> Result<String> {
+pub(super) fn attach<T>(cluster: &Cluster<T>) -> Result<String> {
     for node in NODES {
         cluster.create(&pods::listener(node))?;
     }

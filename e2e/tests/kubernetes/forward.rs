@@ -17,7 +17,7 @@ const LENGTH: usize = 100_003;
 
 /// Forwards two ports of a node's pod; opens many connections, all before the first is used, and compares what each echoes;
 /// fetches a page from the other port.
-pub(super) fn connections(cluster: &Cluster, count: u64) -> Result<String> {
+pub(super) fn connections<T>(cluster: &Cluster<T>, count: u64) -> Result<String> {
     let (web, echo) = (
         format!(":{}", pods::WEB_PORT),
         format!(":{}", pods::ECHO_PORT),
@@ -123,7 +123,7 @@ fn page(port: u16, node: &str) -> Result<()> {
 }
 
 /// Copies a folder to the pod and back, and compares hashes there and here.
-pub(super) fn copy(cluster: &Cluster) -> Result<String> {
+pub(super) fn copy<T>(cluster: &Cluster<T>) -> Result<String> {
     let files = [("empty", 0), ("small", 17), ("large", 20_000_000)];
     for node in NODES {
         let folder = tempfile::tempdir_in(cluster.dir())?;

@@ -38,6 +38,20 @@ pub(super) fn nodes(cluster: &Cluster) -> Result<String> {
     let status = cluster.tunnel().status()?;
     ensure!(!status.contains("kube-apiserver: "), "{status}");
     ensure!(cluster.tunnel().metric("corvid_cluster_synced")? == 1.0);
+    // Dashboard and alerts ask for these, which are nowhere without a cluster.
+    until(DEADLINE, "nodes and writes are counted", || {
+        let edge = cluster
+            .tunnel()
+            .metric("corvid_cluster_nodes{kind=\"edge\"}")?;
+        let written = cluster
+            .tunnel()
+            .metric("corvid_dns_writes_total{result=\"ok\"}")?;
+        ensure!(
+            edge >= 2.0 && written >= 1.0,
+            "{edge} at the edge, {written} writes"
+        );
+        Ok(())
+    })?;
     Ok(status.lines().next().unwrap_or_default().to_owned())
 }
 

@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(120);
 const FOLLOWED: Duration = Duration::from_secs(60);
 
 /// Reads one node's 50 MB of log and compares them.
-pub(super) fn long_log(cluster: &Cluster, node: &str) -> Result<Duration> {
+pub(super) fn long_log<T>(cluster: &Cluster<T>, node: &str) -> Result<Duration> {
     let wanted = lines(node, pods::BOOK_LINES);
     let pod = pods::name(node);
     written(cluster, node)?;
@@ -34,7 +34,7 @@ pub(super) fn long_log(cluster: &Cluster, node: &str) -> Result<Duration> {
 }
 
 /// Waits until the container has written it all, and containerd has read it all.
-fn written(cluster: &Cluster, node: &str) -> Result<()> {
+fn written<T>(cluster: &Cluster<T>, node: &str) -> Result<()> {
     let pod = pods::name(node);
     let script = format!("until [ -e {} ]; do usleep 100000; done", pods::WRITTEN);
     let args = ["exec", &pod, "-c", "book", "--", "sh", "-c", &script];
@@ -53,7 +53,7 @@ fn written(cluster: &Cluster, node: &str) -> Result<()> {
     })
 }
 
-pub(super) fn long_logs(cluster: &Cluster) -> Result<String> {
+pub(super) fn long_logs<T>(cluster: &Cluster<T>) -> Result<String> {
     let mut notes = Vec::new();
     for node in NODES {
         let seconds = long_log(cluster, node)?.as_secs_f64();
@@ -63,7 +63,7 @@ pub(super) fn long_logs(cluster: &Cluster) -> Result<String> {
 }
 
 /// The last line of each node's long log.
-pub(super) fn one_line_of_each(cluster: &Cluster) -> Result<()> {
+pub(super) fn one_line_of_each<T>(cluster: &Cluster<T>) -> Result<()> {
     for node in NODES {
         let pod = pods::name(node);
         let args = ["logs", &pod, "-c", "book", "--tail=1"];
@@ -83,7 +83,7 @@ pub(super) struct Followed {
 }
 
 impl Followed {
-    pub(super) fn start(cluster: &Cluster, node: &'static str) -> Result<Self> {
+    pub(super) fn start<T>(cluster: &Cluster<T>, node: &'static str) -> Result<Self> {
         let check = Arc::new(Mutex::new(LineCheck::new(node)));
         let sink = Arc::clone(&check);
         let args = ["logs", "-f", &pods::name(node), "-c", "ticker"];
@@ -107,7 +107,7 @@ impl Followed {
     }
 
     /// Follows on until a minute is over, and until it has caught up with what a new reader sees.
-    pub(super) fn finish(mut self, cluster: &Cluster) -> Result<String> {
+    pub(super) fn finish<T>(mut self, cluster: &Cluster<T>) -> Result<String> {
         let node = self.node;
         until(FOLLOWED, "a minute is over", || {
             ensure!(self.start.elapsed() >= FOLLOWED, "not yet");

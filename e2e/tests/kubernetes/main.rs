@@ -6,8 +6,10 @@
 
 use anyhow::Result;
 use e2e::cluster::{Cluster, NODES, Steps, report};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
+mod deployed;
 mod documented;
 mod enrol;
 mod exec;
@@ -16,16 +18,22 @@ mod forward;
 mod intercepted;
 mod known;
 mod logs;
+mod manifests;
 mod metrics;
 mod rbac;
+mod reach;
 mod scrapers;
 mod upkeep;
+
+/// Two clusters are more than a machine has cores for.
+static ALONE: Mutex<()> = Mutex::new(());
 
 #[test]
 fn kubectl_reaches_both_nodes_through_the_tunnel() {
     if !e2e::net::may_run() {
         return;
     }
+    let _alone = ALONE.lock();
     let start = Instant::now();
     let mut cluster = Cluster::start().unwrap_or_else(|error| panic!("{error:#}"));
     report(&format!(
@@ -34,6 +42,9 @@ fn kubectl_reaches_both_nodes_through_the_tunnel() {
     ));
     let mut steps = Steps::default();
     let open = upkeep::Open::count(&cluster).unwrap();
+    steps.run("every_overlay_of_deploy_is_accepted", || {
+        manifests::accepted(&cluster)
+    });
     over_a_unix_socket(&mut steps, &mut cluster);
     steps.run("apiserver_gone_leaves_nothing_open", || {
         open.compare(&mut cluster)
@@ -116,7 +127,7 @@ fn past_kube_apiserver(steps: &mut Steps, cluster: &mut Cluster) {
         scrapers::prometheus(cluster)
     });
     steps.run("kubectl_top_shows_nodes_and_pods_of_the_edge", || {
-        scrapers::top(cluster)
+        scrapers::top(cluster, &cluster.metrics_server()?)
     });
 }
 
@@ -128,6 +139,12 @@ fn what_the_cluster_knows(steps: &mut Steps, cluster: &mut Cluster) {
     steps.run("enrolling_pods_run", || enrol::pods(cluster));
     steps.run("enrolment_asks_whose_token_it_is", || {
         enrol::each_token(cluster)
+    });
+    steps.run("pods_with_one_address_are_told_apart_by_name", || {
+        reach::twins(cluster)
+    });
+    steps.run("pods_are_reached_by_kube_apiservers_own_proxy", || {
+        reach::pod_proxy(cluster)
     });
     rbac::each_verb(steps, cluster);
     steps.run("enrolment_ends_with_the_pod", || {

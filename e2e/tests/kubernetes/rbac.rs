@@ -4,10 +4,11 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use certs::TrustBundle;
 use e2e::cluster::{Cluster, Grant, NODES, Steps, until};
 use serde_json::json;
 
-use crate::enrol;
+use crate::{enrol, reach};
 
 /// For what needs a try of the proxy-server to reach kube-apiserver: 10 s lie between two at most.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -16,114 +17,171 @@ const DEADLINE: Duration = Duration::from_secs(60);
 struct Row {
     verb: &'static str,
     resource: &'static str,
+    role: &'static str,
     /// Shows what fails, and returns what is said about it.
     breaks: fn(&mut Cluster) -> Result<String>,
     /// Waits until it works.
     recovers: fn(&mut Cluster) -> Result<()>,
 }
 
-const ROWS: [Row; 16] = [
+impl Row {
+    fn is_of(&self, grant: &Grant) -> bool {
+        (self.verb, self.resource, self.role) == (&grant.verb, &grant.resource, grant.role())
+    }
+}
+
+const ROWS: [Row; 21] = [
     Row {
         verb: "list",
         resource: "nodes",
+        role: "corvid-proxy-server",
         breaks: no_node_is_known,
         recovers: nodes_are_known,
     },
     Row {
         verb: "watch",
         resource: "nodes",
+        role: "corvid-proxy-server",
         breaks: nodes_are_not_followed,
         recovers: nodes_are_known,
     },
     Row {
         verb: "list",
         resource: "endpointslices",
+        role: "corvid-proxy-server-peers",
         breaks: other_servers_are_not_listed,
         recovers: other_servers_are_followed,
     },
     Row {
         verb: "watch",
         resource: "endpointslices",
+        role: "corvid-proxy-server-peers",
         breaks: other_servers_are_not_followed,
         recovers: other_servers_are_followed,
     },
     Row {
         verb: "create",
         resource: "leases",
+        role: "corvid-proxy-server",
         breaks: nobody_leads_anew,
         recovers: the_map_is_written,
     },
     Row {
         verb: "get",
         resource: "leases",
+        role: "corvid-proxy-server",
         breaks: no_leader_is_known,
         recovers: the_map_is_written,
     },
     Row {
         verb: "update",
         resource: "leases",
+        role: "corvid-proxy-server",
         breaks: a_leader_can_not_go_on,
         recovers: the_map_is_written,
     },
     Row {
         verb: "get",
         resource: "services",
+        role: "corvid-proxy-server",
         breaks: names_have_nowhere_to_point,
         recovers: the_map_is_written,
     },
     Row {
         verb: "create",
         resource: "configmaps",
+        role: "corvid-proxy-server",
         breaks: a_lost_map_stays_lost,
         recovers: the_map_is_written,
     },
     Row {
         verb: "get",
         resource: "configmaps",
+        role: "corvid-proxy-server",
         breaks: the_map_can_not_be_looked_at,
         recovers: the_map_is_written,
     },
     Row {
         verb: "patch",
         resource: "configmaps",
+        role: "corvid-proxy-server",
         breaks: a_spoilt_map_stays_so,
         recovers: the_map_is_written,
     },
     Row {
         verb: "create",
         resource: "secrets",
+        role: "corvid-proxy-server-authority",
         breaks: a_lost_authority_is_not_made_again,
         recovers: the_authority_is_kept,
     },
     Row {
         verb: "get",
         resource: "secrets",
+        role: "corvid-proxy-server-authority",
         breaks: the_authority_is_not_followed,
         recovers: the_authority_is_kept,
     },
     Row {
-        verb: "update",
+        verb: "patch",
         resource: "secrets",
+        role: "corvid-proxy-server-authority",
         breaks: no_root_is_made,
         recovers: a_new_root_ends_no_session,
     },
     Row {
         verb: "create",
+        resource: "configmaps",
+        role: "corvid-proxy-server-authority",
+        breaks: lost_roots_stay_lost,
+        recovers: the_roots_are_written,
+    },
+    Row {
+        verb: "get",
+        resource: "configmaps",
+        role: "corvid-proxy-server-authority",
+        breaks: the_roots_can_not_be_looked_at,
+        recovers: the_roots_are_written,
+    },
+    Row {
+        verb: "patch",
+        resource: "configmaps",
+        role: "corvid-proxy-server-authority",
+        breaks: spoilt_roots_stay_so,
+        recovers: the_roots_are_written,
+    },
+    Row {
+        verb: "create",
         resource: "tokenreviews",
+        role: "corvid-proxy-server",
         breaks: no_token_is_known,
         recovers: a_pod_enrols,
     },
     Row {
+        verb: "list",
+        resource: "pods",
+        role: "corvid-proxy-server-pods",
+        breaks: no_pod_is_a_destination,
+        recovers: pods_are_destinations,
+    },
+    Row {
+        verb: "watch",
+        resource: "pods",
+        role: "corvid-proxy-server-pods",
+        breaks: pods_are_not_followed,
+        recovers: pods_are_destinations,
+    },
+    Row {
         verb: "get",
         resource: "pods",
+        role: "corvid-proxy-server-enrol",
         breaks: no_pod_is_known,
         recovers: a_pod_enrols,
     },
 ];
 
 fn row(grant: &Grant) -> Option<&'static Row> {
-    let fits = |row: &&Row| row.verb == grant.verb && row.resource == grant.resource;
-    ROWS.iter().find(fits)
+    ROWS.iter().find(|row| row.is_of(grant))
 }
 
 /// A step for each verb of the files, and one that fails when a verb has no row here or a row no verb.
@@ -134,16 +192,22 @@ pub(super) fn each_verb(steps: &mut Steps, cluster: &mut Cluster) {
         let without = grants.iter().find(|grant| row(grant).is_none());
         ensure!(without.is_none(), "no row for {without:?}");
         for row in &ROWS {
-            let granted = grants
-                .iter()
-                .any(|grant| row.verb == grant.verb && row.resource == grant.resource);
+            let granted = grants.iter().any(|grant| row.is_of(grant));
             ensure!(granted, "{} {} is not granted", row.verb, row.resource);
         }
         Ok(format!("{} verbs", grants.len()))
     });
     for grant in cluster.grants().unwrap_or_default() {
         let Some(row) = row(&grant) else { continue };
-        let name = format!("rbac_without_{}_{}_it_is_told", grant.verb, grant.resource);
+        // A resource of two roles has its verbs twice.
+        let role = row
+            .role
+            .trim_start_matches("corvid-proxy-server")
+            .replace('-', "_");
+        let name = format!(
+            "rbac_without_{}_{}{role}_it_is_told",
+            grant.verb, grant.resource
+        );
         steps.run(&name, || {
             cluster.revoke(&grant)?;
             let told = (row.breaks)(cluster);
@@ -382,7 +446,7 @@ fn no_root_is_made(cluster: &mut Cluster) -> Result<String> {
         .tunnel()
         .as_account("ca-rotate-refused", &["ca", "rotate"]);
     let refused = format!("{:#}", refused.err().context("it was made")?);
-    let told = forbidden("update", "secrets");
+    let told = forbidden("patch", "secrets");
     ensure!(refused.contains(&told), "{refused}");
     Ok(told)
 }
@@ -476,4 +540,71 @@ fn may_not_ask(cluster: &Cluster, why: &str) -> Result<String> {
 
 fn a_pod_enrols(cluster: &mut Cluster) -> Result<()> {
     enrol::ask(cluster).map(drop)
+}
+
+const TRUST: [&str; 4] = ["configmap", "corvid-trust", "-n", "corvid"];
+
+fn lost_roots_stay_lost(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    cluster.kubectl().ok(&[&["delete"], &TRUST[..]].concat())?;
+    told_soon(cluster, mark, &forbidden("create", "configmaps"))
+}
+
+fn the_roots_can_not_be_looked_at(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    told_soon(cluster, mark, &forbidden("get", "configmaps"))
+}
+
+fn spoilt_roots_stay_so(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    let patch = json!({"data": {"ca.crt": "spoilt"}}).to_string();
+    let patch = [&["patch"], &TRUST[..], &["-p", &patch]].concat();
+    cluster.kubectl().ok(&patch)?;
+    let told = told_soon(cluster, mark, &forbidden("patch", "configmaps"))?;
+    ensure!(roots(cluster)? == "spoilt", "they were repaired");
+    Ok(told)
+}
+
+fn roots(cluster: &Cluster) -> Result<String> {
+    let data = "jsonpath={.data.ca\\.crt}";
+    let get = [&["get", "-o", data], &TRUST[..]].concat();
+    Ok(String::from_utf8(cluster.kubectl().ok(&get)?)?)
+}
+
+/// What agents in pods would mount names the authority that is at work.
+fn the_roots_are_written(cluster: &mut Cluster) -> Result<()> {
+    let pin = cluster.tunnel().pin()?;
+    until(DEADLINE, "the roots are written", || {
+        let bundle = TrustBundle::from_pem(roots(cluster)?.as_bytes())?;
+        let pins: Vec<_> = bundle.pins().iter().map(ToString::to_string).collect();
+        ensure!(pins.contains(&pin), "{pins:?} without {pin}");
+        Ok(())
+    })
+}
+
+fn no_pod_is_a_destination(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let told = told_soon(cluster, mark, &forbidden("list", "pods"))?;
+    let refused = reach::by_name(cluster, "edge1");
+    ensure!(refused.is_err(), "a pod that nobody knows is reached");
+    Ok(told)
+}
+
+fn pods_are_not_followed(cluster: &mut Cluster) -> Result<String> {
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let told = told_soon(cluster, mark, &forbidden("watch", "pods"))?;
+    // They were listed.
+    until(DEADLINE, "pods are known", || {
+        reach::by_name(cluster, "edge1")
+    })?;
+    Ok(told)
+}
+
+fn pods_are_destinations(cluster: &mut Cluster) -> Result<()> {
+    for node in NODES {
+        until(DEADLINE, "pods are known", || reach::by_name(cluster, node))?;
+    }
+    Ok(())
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::{Cluster, NODES, Prometheus, pods, until};
+use e2e::process::Process;
 use serde_json::Value;
 
 /// Both start within seconds; metrics-server needs two rounds of 10 s for a rate.
@@ -86,8 +87,7 @@ pub(super) fn all_up_from_now_on(prometheus: &Prometheus) -> Result<()> {
 }
 
 /// `kubectl top` shows rows of nodes and pods at the edge.
-pub(super) fn top(cluster: &Cluster) -> Result<String> {
-    let metrics_server = cluster.metrics_server()?;
+pub(super) fn top<T>(cluster: &Cluster<T>, metrics_server: &Process) -> Result<String> {
     let rows = |what: &str, names: &[String]| -> Result<String> {
         let text = cluster.kubectl().ok(&["top", what, "--no-headers"])?;
         let text = String::from_utf8(text)?;

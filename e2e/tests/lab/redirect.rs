@@ -249,6 +249,34 @@ fn there_is_no_moment_without_rules_while_they_are_replaced() {
     });
 }
 
+/// As pods do that are replaced: the new one is there before the old one goes.
+#[test]
+fn a_run_takes_over_from_another_and_the_last_one_removes_the_rules() {
+    lab::scenario(|lab| {
+        let site = site(lab, &door(), routes)?;
+        let cloud = lab.host("cloud")?;
+        let old = run(lab, &site.server)?;
+        until(&cloud, &EDGES)?;
+        let mark = old.mark();
+        let new = run(lab, &site.server)?;
+        new.wait_for_line_since(mark, "the rules are in place", SOON)?;
+        old.terminate(lab::STOP)?;
+        ensure!(
+            table(&cloud)?.is_some(),
+            "the rules are gone with the old run"
+        );
+        each_reaches_its_own(&cloud)?;
+        // One that is killed is nobody that keeps them.
+        let killed = run(lab, &site.server)?;
+        let mark = new.mark();
+        killed.wait_for_line_since(mark, "the rules are in place", SOON)?;
+        killed.kill()?;
+        ensure!(new.terminate(lab::STOP)?.success(), "{}", new.log());
+        ensure!(table(&cloud)?.is_none(), "the table stays");
+        Ok(())
+    });
+}
+
 #[test]
 fn routes_are_followed_and_a_cidr_is_led_without_what_is_shared() {
     lab::scenario(|lab| {

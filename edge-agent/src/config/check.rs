@@ -1,7 +1,7 @@
 //! Turns the file and its overrides into a [`Config`], or into the list of everything that is wrong.
 
 use std::fmt::Display;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::str::FromStr;
@@ -107,11 +107,14 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         servers,
         join,
         credential: file.credential,
-        node_addresses: file
-            .node_addresses
-            .iter()
-            .map(|ip| ip.to_canonical())
-            .collect(),
+        node_addresses: if over.node_addresses.is_empty() {
+            &file.node_addresses
+        } else {
+            &over.node_addresses
+        }
+        .iter()
+        .map(IpAddr::to_canonical)
+        .collect(),
         localhost_ports: file.localhost_ports,
         allow,
         memory,
@@ -122,6 +125,7 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
             file::Congestion::Bbr => Congestion::Bbr,
         },
         drain: file.drain,
+        handover: file.handover,
         observe,
         admin,
         log_format: over.log_format.or(file.log.format).unwrap_or_default(),
@@ -272,7 +276,7 @@ fn rule(problems: &mut Problems, index: usize, allow: &file::Allow) -> Option<Ru
 
 /// A bare address is the network of that address alone.
 fn cidr(problems: &mut Problems, index: usize, text: &str) -> Option<IpNet> {
-    if let Ok(ip) = text.parse::<std::net::IpAddr>() {
+    if let Ok(ip) = text.parse::<IpAddr>() {
         return Some(ip.into());
     }
     read::<IpNet>(problems, format!("allow[{index}].cidr"), text)

@@ -25,6 +25,7 @@ pub(super) struct File {
     pub(super) backoff: super::BackoffLimits,
     pub(super) congestion: Congestion,
     pub(super) drain: super::Drain,
+    pub(super) handover: bool,
     pub(super) observe: Endpoint,
     pub(super) admin: Endpoint,
     pub(super) log: Log,

@@ -95,6 +95,7 @@ fn flags_and_variables_go_before_the_file() {
         name: Some("edge9".into()),
         state_dir: Some("/s".into()),
         servers: vec!["[::1]:1".into(), "other:2".into()],
+        node_addresses: vec!["10.0.0.7".parse().unwrap()],
         join_token: Some("abcdef.0123456789abcdef".to_owned().into()),
         join_token_file: None,
         service_account_token_file: Some("/not/this".into()),
@@ -103,13 +104,14 @@ fn flags_and_variables_go_before_the_file() {
         log_format: Some(LogFormat::Json),
         log_level: Some("debug".into()),
     };
-    let text = "name: edge1\nservers: ['proxy:1']\nlog: {level: warn}\n";
+    let text = "name: edge1\nservers: ['proxy:1']\nnodeAddresses: [10.0.0.1]\nlog: {level: warn}\n";
     let config = parse(Path::new("agent.yaml"), text, &overrides).unwrap();
     assert_eq!(
         (config.name.as_str(), config.state_dir.as_path()),
         ("edge9", Path::new("/s"))
     );
     assert_eq!(config.servers.len(), 2);
+    assert_eq!(config.node_addresses, overrides.node_addresses);
     assert_eq!(
         (config.log_level.as_str(), config.log_format),
         ("debug", LogFormat::Json)

@@ -35,11 +35,13 @@ pub(super) struct Ground {
 
 impl Ground {
     pub(super) fn bind(config: &Config) -> anyhow::Result<Self> {
+        let handover = config.handover;
         let metrics = daemon::Metrics::new(env!("CARGO_PKG_VERSION"));
-        let observe = Endpoint::observe(&config.observe.listen, &metrics)?;
-        let mut admin = vec![Endpoint::admin(&config.admin.listen, &metrics)?];
+        let observe = Endpoint::observe(&config.observe.listen, &metrics, handover)?;
+        let mut admin = vec![Endpoint::admin(&config.admin.listen, &metrics, handover)?];
         if let Some(socket) = &config.admin.socket {
-            admin.push(Endpoint::admin(&Listen::Unix(socket.clone()), &metrics)?);
+            let socket = Listen::Unix(socket.clone());
+            admin.push(Endpoint::admin(&socket, &metrics, handover)?);
         }
         let readiness = Readiness::new();
         Ok(Self {
@@ -65,9 +67,8 @@ impl Ground {
         let Some(endpoint) = self.to_observe.take() else {
             return;
         };
-        let alive = [&self.service, &self.sessions, &self.writes].map(Clone::clone);
-        let routes = Routes::observe(self.readiness.clone(), &alive, self.metrics.clone());
-        self.serve(endpoint, routes);
+        let (readiness, metrics) = (self.readiness.clone(), self.metrics.clone());
+        self.serve(endpoint, Routes::observe(readiness, &self.alive(), metrics));
     }
 
     pub(super) fn serve_admin(&mut self, server: &str, log: &LogHandle, of: &Arc<Forwarder>) {
@@ -76,6 +77,7 @@ impl Ground {
             let (of_nodes, of_cluster) = (Arc::clone(of), Arc::clone(of));
             let peers = Arc::clone(&of.peers);
             let routes = Routes::admin(log.clone())
+                .probes(self.readiness.clone(), &self.alive())
                 .get("/sessions", move |_request| {
                     let reply = Reply::json(&status::sessions(&server, &registry));
                     async move { reply }
@@ -94,6 +96,11 @@ impl Ground {
                 });
             self.serve(endpoint, routes);
         }
+    }
+
+    /// What must go on for the process to be alive.
+    fn alive(&self) -> [Tasks; 3] {
+        [&self.service, &self.sessions, &self.writes].map(Clone::clone)
     }
 
     fn serve(&self, endpoint: Endpoint, routes: Routes) {

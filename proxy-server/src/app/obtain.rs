@@ -1,7 +1,8 @@
 //! The authority before anything else can start, where it is kept in the cluster.
 //!
 //! A server that has a copy starts with it while kube-apiserver is away. One that has none waits, with livez and readyz up
-//! and not ready: it has nothing to show to anybody yet.
+//! and not ready: it has nothing to show to anybody yet. A copy that can't be read counts as none. An
+//! authority of this directory's own that can't be read stops the start: its key may be the only one there is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,9 +40,17 @@ pub(super) async fn obtain(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<Option<Ca>> {
     let dir = authority::dir(config);
-    let cached = dir
-        .load(&config.trust_domain)
-        .with_context(|| format!("open the copy of the authority in {}", dir.path().display()))?;
+    let cached = match dir.load(&config.trust_domain) {
+        Ok(cached) => cached,
+        Err(error) if dir.is_copy() => {
+            tracing::warn!(dir = %dir.path().display(), error = %daemon::chain(&error), "the copy of the authority can't be read and is not used");
+            None
+        }
+        Err(error) => {
+            let what = format!("open the authority in {}", dir.path().display());
+            return Err(error).context(what);
+        }
+    };
     let (mut pause, mut waiting) = (LEAST_PAUSE, None);
     loop {
         let now = Clock::system().now();

@@ -24,7 +24,6 @@
 //! to get up.
 
 mod hosts;
-mod plan;
 
 use std::collections::{BTreeSet, HashSet};
 use std::convert::Infallible;
@@ -37,7 +36,6 @@ use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use parking_lot::Mutex;
-use plan::{MOST, Plan, TooLarge, Wanted, plan};
 use proto::{AgentName, Destination, Host};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -47,6 +45,7 @@ use super::ask::{AskError, Asker, within};
 use super::client::Source;
 use super::lease::{Candidate, FIELD_MANAGER, Leadership};
 use super::nodes::KUBELET_PORT;
+use super::plan::{MOST, Plan, TooLarge, WRITTEN_BY, Wanted, plan};
 use crate::config::{Dns, Kubernetes, LeaseTimes, ObjectName};
 use crate::metrics::{DnsMetrics, WriteLabels};
 use crate::route::RouteTable;
@@ -323,7 +322,7 @@ impl Writer {
             map: &map,
             key: &self.dns.key,
             text: &text,
-            writer: &self.identity,
+            annotation: (WRITTEN_BY, &self.identity),
         };
         let plan =
             plan(found.as_ref(), wanted).map_err(|TooLarge(bytes)| WriteError::TooLarge(bytes))?;

@@ -4,32 +4,19 @@
 //! A member is an endpoint that is ready and not on its way out, at the UDP port that is called `peers`, or at the only
 //! UDP port there is. While kube-apiserver is away, and until a list is complete, those of before stay.
 //!
-//! | failure | what happens |
-//! | --- | --- |
-//! | kube-apiserver can't be reached, 401, 403, 5xx | said once; with back-off the credential is read and all is listed anew |
-//! | 410 Gone | all is listed anew; nothing is dropped meanwhile |
-//! | nothing is heard | all is listed anew every 150 s: what changes here changes seldom, and a dead connection says nothing |
-//! | a slice that can't be read, or without such a port | it has no members |
+//! What goes wrong with the watch: [`follow`]. A slice that can't be read, or without such a port, has no members.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use futures_util::StreamExt as _;
 use k8s_openapi::api::discovery::v1::{EndpointPort, EndpointSlice};
 use kube::Api;
-use kube::client::Client;
-use kube::runtime::watcher::{self, Event, watcher};
-use parking_lot::Mutex;
+use kube::runtime::watcher::Event;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
 
 use super::client::Source;
-use super::pace::Pace;
-use super::watch::{Failures, SILENCE, WATCH_SECONDS};
+use super::follow::{self, Follower};
 use crate::config::ObjectName;
 
 /// The label by which slices belong to a Service.
@@ -42,27 +29,18 @@ const PAGE: u32 = 20;
 /// Follows the endpoints of a Service.
 #[derive(Debug)]
 pub(crate) struct Endpoints {
-    source: Source,
+    follower: Follower,
     service: ObjectName,
     found: watch::Sender<Option<BTreeSet<SocketAddr>>>,
-    followed: Arc<Followed>,
-}
-
-/// Whether the slices are followed. A list alone does not tell: who may list may still not watch.
-#[derive(Debug, Default)]
-struct Followed {
-    failing: AtomicBool,
-    /// When a watch was last opened.
-    at: Mutex<Option<Instant>>,
 }
 
 impl Endpoints {
     pub(crate) fn new(source: &Source, service: &ObjectName) -> Self {
+        let what = format!("the other proxy-servers, endpoints of Service {service}");
         Self {
-            source: source.clone(),
+            follower: Follower::new(source, what),
             service: service.clone(),
             found: watch::Sender::new(None),
-            followed: Arc::default(),
         }
     }
 
@@ -72,58 +50,26 @@ impl Endpoints {
     }
 
     /// For ever.
-    #[expect(clippy::infinite_loop, reason = "ended by being dropped")]
     pub(crate) async fn run(self) -> Infallible {
-        let (mut failures, pace) = (Failures::default(), Pace::default());
-        loop {
-            let ended = match self.source.connect_apart().await {
-                Ok(client) => {
-                    let (followed, service) = (Arc::clone(&self.followed), self.service.clone());
-                    let client = pace.of(client, move || {
-                        *followed.at.lock() = Some(Instant::now());
-                        if followed.failing.swap(false, Ordering::Relaxed) {
-                            tracing::info!(%service, "the other proxy-servers are followed again");
-                        }
-                    });
-                    self.follow(client).await
-                }
-                Err(error) => Some(daemon::chain(&error).to_string()),
-            };
-            let Some(why) = ended else { continue };
-            failures.add(*self.followed.at.lock());
-            if self.followed.failing.swap(true, Ordering::Relaxed) {
-                tracing::debug!(service = %self.service, error = why, "the other proxy-servers can't be followed");
-            } else {
-                tracing::warn!(service = %self.service, error = why, "the other proxy-servers can't be followed, the last known stay");
-            }
-            sleep(failures.pause()).await;
-        }
-    }
-
-    /// Lists and watches until that must begin anew, and says why if it is a failure.
-    async fn follow(&self, client: Client) -> Option<String> {
-        let settings = watcher::Config::default()
-            .labels(&format!("{OF_SERVICE}={}", self.service.name))
-            .page_size(PAGE)
-            .timeout(WATCH_SECONDS);
-        let slices = Api::<EndpointSlice>::namespaced(client, &self.service.namespace);
-        let mut events = pin!(watcher(slices, settings));
+        let Self {
+            follower,
+            service,
+            found,
+        } = self;
+        let settings = follow::settings(PAGE).labels(&format!("{OF_SERVICE}={}", service.name));
+        let slices = |client| Api::<EndpointSlice>::namespaced(client, &service.namespace);
         let mut view = View::default();
-        loop {
-            let event = match timeout(SILENCE, events.next()).await {
-                Ok(Some(Ok(event))) => event,
-                Ok(Some(Err(error))) => return Some(error.to_string()),
-                Ok(None) | Err(_) => return None,
-            };
+        let take = |event| {
             let Some(members) = view.take(event) else {
-                continue;
+                return;
             };
-            self.found.send_if_modified(|found| {
+            found.send_if_modified(|found| {
                 let differs = found.as_ref() != Some(&members);
                 *found = Some(members);
                 differs
             });
-        }
+        };
+        follower.run(slices, settings, take).await
     }
 }
 

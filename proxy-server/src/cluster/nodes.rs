@@ -248,9 +248,10 @@ fn aliases(name: &str, all: &[Address]) -> Vec<String> {
         let Ok(Host::Name(alias)) = address.address.parse::<Host>() else {
             continue;
         };
-        // `svc` belongs to Services, whatever a kubelet writes: kube-apiserver calls webhooks by such names.
-        let of_service = alias.split('.').any(|label| label == "svc");
-        if alias != name && !of_service && alias != "localhost" && !aliases.contains(&alias) {
+        // `svc` and `pod` belong to Services and pods, whatever a kubelet writes: kube-apiserver calls webhooks by such names.
+        let taken = |label| matches!(label, "svc" | "pod");
+        let of_cluster = alias.split('.').any(taken);
+        if alias != name && !of_cluster && alias != "localhost" && !aliases.contains(&alias) {
             aliases.push(alias);
         }
     }

@@ -68,11 +68,16 @@ impl Questions {
     ) -> Result<T, AskError> {
         let asked = async {
             let _turn = self.turns.acquire().await;
+            let content = if method == Method::PATCH {
+                "application/merge-patch+json" // RFC 7396
+            } else {
+                "application/json"
+            };
             let request = Request::builder()
                 .method(method)
                 .uri(path)
                 .header(header::ACCEPT, "application/json")
-                .header(header::CONTENT_TYPE, "application/json")
+                .header(header::CONTENT_TYPE, content)
                 .body(body)
                 .map_err(|error| AskError::from(kube::Error::HttpError(error)))?;
             let client = self.client().await?;

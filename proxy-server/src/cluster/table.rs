@@ -1,4 +1,4 @@
-//! Where the nodes of a snapshot are. Pure: nodes in, routes out; nothing is asked and nothing is guessed.
+//! Where the nodes of a snapshot are, and their pods. Nodes and pods in, routes out; nothing is asked and nothing is guessed.
 //!
 //! | destination | route |
 //! | --- | --- |
@@ -7,21 +7,38 @@
 //! | address of one node | as its name, dialled as it was asked for |
 //! | name or address that several nodes claim, one at the edge among them | refused, all named; unless one agent serves all of them |
 //! | name or address that nodes claim, none at the edge | not at the edge |
+//! | name or address of a pod ([`pods`](super::pods)) | the agent of its node; an address that is another pod's or a node's as well, one at the edge among them: refused, all named |
+//! | address in `podCIDRs` of nodes | as an address that those nodes claim |
 //! | anything else | not known here |
+//!
+//! The last rows but one only with `kubernetes.pods`. What a kubelet writes counts for no more than it must: networks wider than
+//! one node has are left out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proto::{AgentName, Destination, Host, Reason};
 
 use super::nodes::{Node, Nodes};
+use super::pods::{Found, Pod, Pods};
 use crate::error::Refusal;
 use crate::route::Route;
 
 /// So many of the nodes that share an address are named; the rest is counted.
 const NAMED: usize = 5;
+/// No node has more addresses for its pods than these prefixes leave.
+const WIDEST: (u8, u8) = (16, 48);
+
+/// What is known of pods, where it is wanted.
+#[derive(Debug, Clone)]
+pub(crate) struct Reach {
+    pub(crate) pods: Arc<Pods>,
+    /// The cluster's domain, `cluster.local`.
+    pub(crate) domain: String,
+}
 
 /// The nodes of one moment, and who claims which name and address.
 #[derive(Debug, Default)]
@@ -29,6 +46,10 @@ pub struct ClusterTable {
     nodes: Nodes,
     aliases: HashMap<String, Vec<Arc<Node>>>,
     addresses: HashMap<IpAddr, Vec<Arc<Node>>>,
+    reach: Option<Reach>,
+    /// Networks of pods, and the prefix lengths that there are.
+    cidrs: HashMap<IpNet, Vec<Arc<Node>>>,
+    lengths: BTreeSet<u8>,
 }
 
 impl ClusterTable {
@@ -47,6 +68,27 @@ impl ClusterTable {
             }
         }
         table.nodes = nodes;
+        table
+    }
+
+    /// The same, and where their pods are.
+    pub(crate) fn reaching(nodes: Nodes, reach: Option<Reach>) -> Self {
+        let mut table = Self::new(nodes);
+        if reach.is_some() {
+            for node in table.nodes.values() {
+                for cidr in node.pod_cidrs.iter().map(IpNet::trunc) {
+                    let widest = match cidr {
+                        IpNet::V4(_) => WIDEST.0,
+                        IpNet::V6(_) => WIDEST.1,
+                    };
+                    if cidr.prefix_len() >= widest {
+                        table.lengths.insert(cidr.prefix_len());
+                        table.cidrs.entry(cidr).or_default().push(Arc::clone(node));
+                    }
+                }
+            }
+        }
+        table.reach = reach;
         table
     }
 
@@ -88,26 +130,127 @@ impl ClusterTable {
                 if let Some(node) = self.nodes.get(name) {
                     return Some(Ok(towards(node, node.dialled(name), known)));
                 }
-                let claims = self.aliases.get(name)?;
-                // Its certificate says whose name that is; a kubelet only says so.
-                let agent = name.parse::<AgentName>().ok().filter(&known);
-                if agent.is_some_and(|agent| claims.iter().all(|node| node.agent != agent)) {
-                    return None;
+                if let Some(claims) = self.aliases.get(name) {
+                    // Its certificate says whose name that is; a kubelet only says so.
+                    let agent = name.parse::<AgentName>().ok().filter(&known);
+                    if agent.is_some_and(|agent| claims.iter().all(|node| node.agent != agent)) {
+                        return None;
+                    }
+                    let dialled = |node: &Node| node.dialled(name);
+                    return Some(one_of(claims, format_args!("name {name}"), dialled, known));
                 }
-                let dialled = |node: &Node| node.dialled(name);
-                Some(one_of(claims, format_args!("name {name}"), dialled, known))
+                let reach = self.reach.as_ref()?;
+                match reach.pods.named(name, &reach.domain) {
+                    Found::Pods(found) => {
+                        let dialled = |pod: &Pod, node: &Node| match pod.addresses.first() {
+                            Some(ip) => Some(Host::Ip(*ip)),
+                            None => node.dialled(name),
+                        };
+                        let what = format_args!("name {name}");
+                        Some(self.of_pods(&found, &[], what, dialled, known))
+                    }
+                    Found::Missing(refusal) => Some(Err(refusal)),
+                    Found::Nothing => None,
+                }
             }
             Host::Ip(ip) => {
-                let claims = self.addresses.get(ip)?;
-                Some(one_of(
-                    claims,
-                    format_args!("address {ip}"),
-                    |_| None,
-                    known,
-                ))
+                let what = format_args!("address {ip}");
+                let nodes = self.addresses.get(ip).map_or(&[][..], Vec::as_slice);
+                let pods = self.reach.as_ref().map(|reach| reach.pods.at(*ip));
+                match pods {
+                    Some(pods) if !pods.is_empty() => {
+                        Some(self.of_pods(&pods, nodes, what, |_, _| None, known))
+                    }
+                    Some(_) | None if !nodes.is_empty() => {
+                        Some(one_of(nodes, what, |_| None, known))
+                    }
+                    Some(_) => self.of_network(*ip, known),
+                    None => None,
+                }
             }
         }
     }
+
+    /// The nodes among whose pods that address would be: all of them, however narrow their networks are.
+    fn of_network(
+        &self,
+        ip: IpAddr,
+        known: impl Fn(&AgentName) -> bool,
+    ) -> Option<Result<Route, Refusal>> {
+        let of = |length: &u8| self.cidrs.get(&IpNet::new(ip, *length).ok()?.trunc());
+        let claims: Vec<_> = self
+            .lengths
+            .iter()
+            .filter_map(of)
+            .flatten()
+            .cloned()
+            .collect();
+        if claims.is_empty() {
+            return None;
+        }
+        let pods = &self.reach.as_ref()?.pods;
+        if !pods.are_known() && claims.iter().any(|node| node.is_edge(&known)) {
+            // A pod elsewhere may have it.
+            return Some(Err(Refusal {
+                reason: Reason::UnknownDestination,
+                sentence: format!("address {ip}: the cluster's pods are not read yet"),
+            }));
+        }
+        Some(one_of(
+            &claims,
+            format_args!("address {ip}"),
+            |_| None,
+            known,
+        ))
+    }
+
+    /// Where those pods are; `nodes` have the same address.
+    fn of_pods(
+        &self,
+        pods: &[Arc<Pod>],
+        nodes: &[Arc<Node>],
+        what: impl Display,
+        dialled: impl Fn(&Pod, &Node) -> Option<Host>,
+        known: impl Fn(&AgentName) -> bool,
+    ) -> Result<Route, Refusal> {
+        let on = |pod: &Arc<Pod>| self.nodes.get(&pod.node);
+        if let ([pod], []) = (pods, nodes) {
+            let Some(node) = on(pod) else {
+                return Err(Refusal {
+                    reason: Reason::UnknownDestination,
+                    sentence: format!("pod {}: its node {} is not known", pod.key, pod.node),
+                });
+            };
+            return Ok(towards(node, dialled(pod, node), known));
+        }
+        let is_cloud = |node: &Arc<Node>| !node.is_edge(&known);
+        if pods.iter().all(|pod| on(pod).is_some_and(is_cloud)) && nodes.iter().all(is_cloud) {
+            return Ok(Route::Elsewhere);
+        }
+        let pods = pods
+            .iter()
+            .map(|pod| format!("pod {} on {}", pod.key, pod.node));
+        let nodes = nodes.iter().map(|node| format!("node {}", node.name));
+        Err(Refusal {
+            reason: Reason::AmbiguousDestination,
+            sentence: format!(
+                "{what} is that of {}: ask by name, pods as NAME.NAMESPACE.pod",
+                listed(pods.chain(nodes).collect())
+            ),
+        })
+    }
+}
+
+/// Some of several, in words.
+fn listed(mut names: Vec<String>) -> String {
+    names.sort_unstable();
+    let more = names.len().saturating_sub(NAMED);
+    names.truncate(NAMED);
+    let named = names.join(" and ");
+    if more > 0 {
+        return format!("{named} and {more} more");
+    }
+    named
 }
 
 fn towards(node: &Node, dialled: Option<Host>, known: impl Fn(&AgentName) -> bool) -> Route {
@@ -139,14 +282,7 @@ fn one_of(
     if claims.iter().all(|node| answer(node) == answer(first)) {
         return Ok(towards(first, dialled(first), known));
     }
-    let mut names: Vec<&str> = claims.iter().map(|node| node.name.as_str()).collect();
-    names.sort_unstable();
-    let more = names.len().saturating_sub(NAMED);
-    names.truncate(NAMED);
-    let mut named = names.join(" and ");
-    if more > 0 {
-        named = format!("{named} and {more} more");
-    }
+    let named = listed(claims.iter().map(|node| node.name.clone()).collect());
     Err(Refusal {
         reason: Reason::AmbiguousDestination,
         sentence: format!("{what} is that of nodes {named}: ask by node name"),
@@ -159,6 +295,7 @@ mod tests {
     use serde_json::json;
 
     use super::super::nodes::tests::{node, trim};
+    use super::super::pods::tests::pods;
     use super::*;
     use crate::cluster::nodes::AGENT;
     use crate::config::Kubernetes;
@@ -244,8 +381,12 @@ mod tests {
 
     /// `agent/node/dialled`, `elsewhere`, `unknown` or a refusal's sentence.
     fn route(to: &str) -> String {
+        route_in(&table(), to)
+    }
+
+    fn route_in(table: &ClusterTable, to: &str) -> String {
         let to = format!("{to}:10250").parse().unwrap();
-        match table().route(&to, |agent| agent.as_str() == "joined") {
+        match table.route(&to, |agent| agent.as_str() == "joined") {
             None => "unknown".into(),
             Some(Ok(Route::Elsewhere)) => "elsewhere".into(),
             Some(Ok(Route::Edge {
@@ -258,7 +399,15 @@ mod tests {
                 None => format!("{agent}/{node}"),
             },
             Some(Err(refusal)) => {
-                assert_eq!(refusal.reason, Reason::AmbiguousDestination);
+                let missing = ["no pod", "pod "]
+                    .iter()
+                    .any(|it| refusal.sentence.starts_with(it));
+                let reason = if missing {
+                    Reason::UnknownDestination
+                } else {
+                    Reason::AmbiguousDestination
+                };
+                assert_eq!(refusal.reason, reason);
                 refusal.sentence
             }
         }
@@ -321,6 +470,95 @@ mod tests {
             sentence.contains("n0 and n1 and n2 and n3 and n4 and 4 more:"),
             "{sentence}"
         );
+    }
+
+    fn reaching() -> ClusterTable {
+        let pods = pods(&[
+            ("default/web", "edge1", &["10.244.1.5", "fd00::5"]),
+            ("default/twin", "edge1", &["10.244.1.6"]),
+            ("default/posing", "edge1", &["10.8.0.1"]),
+            ("default/half", "edge1", &["10.244.1.7"]),
+            ("other/half", "unknown", &["10.244.1.7"]),
+            ("other/twin", "edge2", &["10.244.1.6"]),
+            ("default/press", "press", &["10.244.3.1"]),
+            ("default/cloud", "cloud1", &["10.244.0.1"]),
+            ("default/cloud2", "cloud2", &["10.244.0.1"]),
+            ("default/lost", "unknown", &["10.244.9.9"]),
+        ]);
+        let mut nodes = table().nodes;
+        let mut with = |name: &str, cidrs: &[&str]| {
+            let node = Arc::make_mut(nodes.get_mut(name).unwrap());
+            node.pod_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
+        };
+        with("edge1", &["10.244.1.0/24", "fd00::/64", "0.0.0.0/0"]);
+        with("edge2", &["10.244.2.0/24", "10.245.7.0/24"]);
+        with("thief", &["10.245.0.0/16", "10.240.0.0/12", "::/0"]);
+        with("cloud1", &["10.244.0.0/24"]);
+        with("press", &["10.246.0.0/24"]);
+        with("lathe", &["10.246.0.0/24"]);
+        let domain = "cluster.local".to_owned();
+        ClusterTable::reaching(nodes, Some(Reach { pods, domain }))
+    }
+
+    #[test]
+    fn pods_lead_to_their_node_and_are_never_mixed_up() {
+        let twins = "address 10.244.1.6 is that of pod default/twin on edge1 and pod other/twin on edge2: ask by name, pods as NAME.NAMESPACE.pod";
+        let table = reaching();
+        for (to, wanted) in [
+            ("10.244.1.5", "edge1/edge1"),
+            ("[fd00::5]", "edge1/edge1"),
+            ("web.default.pod", "edge1/edge1/10.244.1.5"),
+            ("WEB.default.pod.cluster.local.", "edge1/edge1/10.244.1.5"),
+            ("10.244.1.6", twins),
+            ("twin.default.pod", "edge1/edge1/10.244.1.6"),
+            ("twin.other.pod", "edge2/edge2/10.244.1.6"),
+            ("10-244-1-6.other.pod", "edge2/edge2/10.244.1.6"),
+            ("press.default.pod", "site-a/press/10.244.3.1"),
+            ("10.244.0.1", "elsewhere"),
+            ("cloud.default.pod", "elsewhere"),
+            (
+                "lost.default.pod",
+                "pod default/lost: its node unknown is not known",
+            ),
+            (
+                "10.244.9.9",
+                "pod default/lost: its node unknown is not known",
+            ),
+            (
+                "10.8.0.1",
+                "address 10.8.0.1 is that of node joined and pod default/posing on edge1: ask by name, pods as NAME.NAMESPACE.pod",
+            ),
+            (
+                "10.244.1.7",
+                "address 10.244.1.7 is that of pod default/half on edge1 and pod other/half on unknown: ask by name, pods as NAME.NAMESPACE.pod",
+            ),
+            (
+                "gone.default.pod",
+                "no pod gone with an address in namespace default",
+            ),
+            // Addresses that no known pod has, in networks of nodes.
+            ("10.244.1.77", "edge1/edge1"),
+            ("[fd00::77]", "edge1/edge1"),
+            ("10.244.2.77", "edge2/edge2"),
+            ("10.244.0.77", "elsewhere"),
+            (
+                "10.245.7.1",
+                "address 10.245.7.1 is that of nodes edge2 and thief: ask by node name",
+            ),
+            ("10.246.0.9", "site-a/lathe"),
+            // Networks that no node has for itself.
+            ("10.241.0.1", "unknown"),
+            ("203.0.113.1", "unknown"),
+            ("[2001:db8::1]", "unknown"),
+            // Nodes go before.
+            ("10.0.0.1", "edge1/edge1"),
+            ("edge1", "edge1/edge1"),
+        ] {
+            assert_eq!(route_in(&table, to), wanted, "{to}");
+        }
+        for to in ["10.244.1.5", "web.default.pod", "10.244.1.77"] {
+            assert_eq!(route(to), "unknown", "{to} without `kubernetes.pods`");
+        }
     }
 
     proptest! {

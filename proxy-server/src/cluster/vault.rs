@@ -8,9 +8,10 @@
 //! | while running, it has changed | it is taken over, if it comes from ours by a rotation |
 //! | while running, it is gone | it is created again from what is at work |
 //! | while running, it was replaced by a foreign one | refused and said: agents trust ours |
+//! | after each look | the ConfigMap with the roots is brought in line ([`trust`](super::trust)) |
 //!
 //! Nothing is ever written over what somebody else has written meanwhile: creation fails where there is one, and a change
-//! names the version that it changes. The Secret is read every few seconds in place of being watched, which needs the
+//! names the version that it changes and touches no key or label of others. The Secret is read every few seconds in place of being watched, which needs the
 //! right to read this one Secret and no list.
 
 use std::collections::BTreeMap;
@@ -29,8 +30,9 @@ use tokio::time::sleep;
 
 use super::ask::AskError;
 use super::questions::Questions;
+use super::trust::{PIN, TrustError, TrustMap};
 use crate::authority::{Authority, TakeError};
-use crate::config;
+use crate::config::{self, ObjectName};
 
 /// Attempts at a change that others are making too.
 const ATTEMPTS: u32 = 5;
@@ -54,12 +56,15 @@ pub(crate) enum VaultError {
     Contested(String),
     #[error(transparent)]
     Take(#[from] TakeError),
+    #[error(transparent)]
+    Trust(#[from] TrustError),
 }
 
 /// Where the authority is kept.
 #[derive(Debug)]
 pub(crate) struct Vault {
     questions: Arc<Questions>,
+    trust: TrustMap,
     namespace: String,
     settings: config::Authority,
     trust_domain: TrustDomain,
@@ -81,13 +86,18 @@ struct Secret {
 }
 
 impl Vault {
-    pub(crate) const fn new(
+    pub(crate) fn new(
         questions: Arc<Questions>,
         namespace: String,
         settings: config::Authority,
         trust_domain: TrustDomain,
     ) -> Self {
+        let map = ObjectName {
+            namespace: namespace.clone(),
+            name: settings.config_map.clone(),
+        };
         Self {
+            trust: TrustMap::new(Arc::clone(&questions), map),
             questions,
             namespace,
             settings,
@@ -138,6 +148,7 @@ impl Vault {
         Ok(Some(Kept { ca, version }))
     }
 
+    /// What is ours of the Secret.
     fn object(&self, ca: &Ca, version: Option<&str>) -> Result<Value, VaultError> {
         let files = ca.to_files()?.map(|(name, text)| {
             let text = STANDARD.encode(text.expose_secret());
@@ -148,7 +159,7 @@ impl Vault {
             "metadata": {
                 "name": self.settings.secret,
                 "labels": {"app.kubernetes.io/name": "corvid", "app.kubernetes.io/component": "authority"},
-                "annotations": {"corvid.io/ca-pin": ca.pin().to_string()},
+                "annotations": {PIN: ca.pin().to_string()},
             },
             "data": Value::Object(files.into_iter().collect()),
         });
@@ -168,10 +179,10 @@ impl Vault {
         written(made)
     }
 
-    /// Replaces that version of the Secret; `false` if it is another by now.
+    /// Changes that version of the Secret; `false` if it is another by now.
     async fn replace(&self, ca: &Ca, version: &str) -> Result<bool, VaultError> {
         let (path, object) = (self.path(), self.object(ca, Some(version))?);
-        let replaced = self.questions.send(Method::PUT, &path, &object);
+        let replaced = self.questions.send(Method::PATCH, &path, &object);
         let replaced: Result<Value, _> = replaced.await;
         written(replaced)
     }
@@ -228,12 +239,12 @@ impl Vault {
         authority: Arc<Authority>,
         metrics: Arc<crate::metrics::Metrics>,
     ) -> Infallible {
-        let mut failing = None;
+        let (mut failing, mut copied) = (None, true);
         loop {
-            match self.look(&authority).await {
+            match self.round(&authority, &mut copied).await {
                 Ok(()) => {
                     if failing.take().is_some() {
-                        tracing::info!("the authority's Secret is followed again");
+                        tracing::info!("the authority is in step with the cluster again");
                     }
                 }
                 Err(error) => {
@@ -243,7 +254,7 @@ impl Vault {
                     if failing.as_ref() != Some(&said) {
                         tracing::warn!(
                             error = said,
-                            "the authority's Secret is not followed, the one at work goes on"
+                            "the authority is not in step with the cluster, the one at work goes on"
                         );
                     }
                     failing = Some(said);
@@ -255,40 +266,49 @@ impl Vault {
         }
     }
 
-    async fn look(&self, authority: &Arc<Authority>) -> Result<(), VaultError> {
+    async fn round(&self, authority: &Arc<Authority>, copied: &mut bool) -> Result<(), VaultError> {
+        let taken = self.look(authority).await?;
+        if taken || !*copied {
+            *copied = self.keep_copy(authority).await;
+        }
+        let issuer = authority.issuer.load();
+        let pin = issuer.pin().to_string();
+        Ok(self.trust.publish(issuer.bundle(), &pin).await?)
+    }
+
+    /// Takes over what the Secret says. Whether that was anything new.
+    async fn look(&self, authority: &Arc<Authority>) -> Result<bool, VaultError> {
         let Some(kept) = self.read().await? else {
             let ours = authority.taken();
             if self.create(&ours).await? {
                 tracing::warn!(target: "audit", secret = self.origin(), pin = %ours.pin(), "the authority's Secret was gone and is made again");
             }
-            return Ok(());
+            return Ok(false);
         };
         let due = kept.ca.is_due(authority.own.clock.now());
         let ca = if due && kept.ca.follows(authority.taken().pin()) {
             let retired = kept.ca.retire();
             if !self.replace(&retired, &kept.version).await? {
                 // Somebody else was first; what it is now is seen at the next look.
-                return Ok(());
+                return Ok(false);
             }
             tracing::info!(target: "audit", pin = %retired.pin(), "older roots are trusted no longer");
             retired
         } else {
             kept.ca
         };
-        if authority.take(&ca)? {
-            self.keep_copy(authority).await?;
-        }
-        Ok(())
+        Ok(authority.take(&ca)?)
     }
 
-    /// Keeps what is at work in the state directory, for a start while kube-apiserver is away.
-    async fn keep_copy(&self, authority: &Arc<Authority>) -> Result<(), VaultError> {
+    /// Keeps what is at work in the state directory, for a start while kube-apiserver is away. Whether that is done.
+    async fn keep_copy(&self, authority: &Arc<Authority>) -> bool {
         let (authority, origin) = (Arc::clone(authority), self.origin());
         let kept = tokio::task::spawn_blocking(move || authority.keep_copy(&origin)).await;
         if let Ok(Err(error)) = kept {
             tracing::warn!(error = %daemon::chain(&error), "the authority is not kept in the state directory; it is at work all the same");
+            return false;
         }
-        Ok(())
+        true
     }
 }
 

@@ -56,6 +56,11 @@ impl Failures {
         self.last = Some(Instant::now());
     }
 
+    /// So many in a row that resuming has no prospect.
+    pub(super) const fn is_many(&self) -> bool {
+        self.row >= MOST_FAILURES
+    }
+
     pub(super) fn pause(&self) -> Duration {
         let ceiling = LEAST_PAUSE
             .saturating_mul(1 << self.row.min(10))
@@ -138,7 +143,7 @@ impl Watch {
                         self.cluster.publish(view.nodes.clone());
                     }
                     self.fail(failures, error.to_string());
-                    if failures.row >= MOST_FAILURES || begins_anew(&error) {
+                    if failures.is_many() || begins_anew(&error) {
                         return;
                     }
                     sleep(failures.pause()).await;
@@ -150,7 +155,7 @@ impl Watch {
 }
 
 /// Whether resuming would fail for ever, or needs another credential.
-fn begins_anew(error: &watcher::Error) -> bool {
+pub(super) fn begins_anew(error: &watcher::Error) -> bool {
     let (watcher::Error::InitialListFailed(kube::Error::Api(status))
     | watcher::Error::WatchStartFailed(kube::Error::Api(status))) = error
     else {

@@ -17,7 +17,7 @@ use crate::{app, authority};
 /// Where the authority is kept.
 enum Place {
     Dir(CaDir, TrustDomain),
-    Secret(Vault, tokio::runtime::Runtime),
+    Secret(Box<Vault>, tokio::runtime::Runtime),
 }
 
 impl Place {
@@ -35,7 +35,7 @@ impl Place {
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
                     .build()?;
-                Self::Secret(vault, runtime)
+                Self::Secret(Box::new(vault), runtime)
             }
             None => Self::Dir(authority::dir(&config), config.trust_domain.clone()),
         };

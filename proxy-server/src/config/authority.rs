@@ -15,6 +15,8 @@ const LEAST_REFRESH: Duration = Duration::from_millis(100);
 pub struct Authority {
     /// The Secret with its key; made by the first server that starts.
     pub secret: String,
+    /// The ConfigMap with its roots under `ca.crt`, for agents in pods; kept in line by every server.
+    pub config_map: String,
     /// How often it is read: a rotation has reached every server after this.
     #[serde(with = "humantime_serde")]
     pub refresh: Duration,
@@ -24,6 +26,7 @@ impl Default for Authority {
     fn default() -> Self {
         Self {
             secret: "corvid-ca".to_owned(),
+            config_map: "corvid-trust".to_owned(),
             refresh: Duration::from_secs(15),
         }
     }
@@ -31,11 +34,16 @@ impl Default for Authority {
 
 impl Authority {
     pub(super) fn check(&self, problems: &mut Problems) {
-        problems.check(
-            Name::parse(&self.secret).is_ok(),
-            "kubernetes.authority.secret",
-            format!("{:?} is no name", self.secret),
-        );
+        for (key, name) in [
+            ("kubernetes.authority.secret", &self.secret),
+            ("kubernetes.authority.configMap", &self.config_map),
+        ] {
+            problems.check(
+                Name::parse(name).is_ok(),
+                key,
+                format!("{name:?} is no name"),
+            );
+        }
         problems.check(
             self.refresh >= LEAST_REFRESH,
             "kubernetes.authority.refresh",

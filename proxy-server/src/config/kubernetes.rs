@@ -37,6 +37,24 @@ pub struct Kubernetes {
     pub enrol: Option<Enrol>,
     /// Where the authority is kept that all servers have; without this section it is that of the state directory.
     pub authority: Option<Authority>,
+    /// Pods are destinations, by address and by name; without this section they are not.
+    pub pods: Option<Pods>,
+}
+
+/// Pods as destinations.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Pods {
+    /// What ends names within the cluster.
+    pub cluster_domain: String,
+}
+
+impl Default for Pods {
+    fn default() -> Self {
+        Self {
+            cluster_domain: "cluster.local".to_owned(),
+        }
+    }
 }
 
 /// Where our own objects are, where nobody says anything else.
@@ -63,6 +81,7 @@ impl Default for Kubernetes {
             dns: None,
             enrol: None,
             authority: None,
+            pods: None,
         }
     }
 }

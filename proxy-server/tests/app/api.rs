@@ -60,6 +60,8 @@ struct State {
     nodes: List,
     /// EndpointSlices of all namespaces.
     slices: List,
+    /// Pods of all namespaces.
+    pods: List,
     mood: Mood,
     /// Requests for nodes, as `list`, `list+` (a further page), `node` (of that name) and `watch`; and `tokenreview`.
     seen: Vec<&'static str>,
@@ -84,6 +86,7 @@ struct List {
 enum Kind {
     Nodes,
     Slices,
+    Pods,
 }
 
 impl Kind {
@@ -91,6 +94,7 @@ impl Kind {
     fn at(path: &str) -> Option<Self> {
         match path {
             "/api/v1/nodes" => Some(Self::Nodes),
+            "/api/v1/pods" => Some(Self::Pods),
             path if path.ends_with("/endpointslices") => Some(Self::Slices),
             _ => None,
         }
@@ -100,12 +104,13 @@ impl Kind {
         match self {
             Self::Nodes => "Node",
             Self::Slices => "EndpointSlice",
+            Self::Pods => "Pod",
         }
     }
 
     const fn version(self) -> &'static str {
         match self {
-            Self::Nodes => "v1",
+            Self::Nodes | Self::Pods => "v1",
             Self::Slices => "discovery.k8s.io/v1",
         }
     }
@@ -127,6 +132,7 @@ impl Api {
             compacted: 0,
             nodes: List::default(),
             slices: List::default(),
+            pods: List::default(),
             mood: Mood::Well,
             seen: Vec::new(),
             objects: Objects::new(),
@@ -243,6 +249,14 @@ impl Api {
         self.changed.send_replace(());
     }
 
+    /// Creates or changes a pod.
+    pub(crate) fn put_pod(&self, pod: Value) {
+        let mut state = self.state.lock();
+        state.put(Kind::Pods, pod);
+        drop(state);
+        self.changed.send_replace(());
+    }
+
     /// As [`Api::put`], but watches are not told until something else happens.
     pub(crate) fn put_quietly(&self, node: Value) {
         self.state.lock().put(Kind::Nodes, node);
@@ -265,6 +279,10 @@ impl Api {
         self.delete_of(Kind::Slices, name);
     }
 
+    pub(crate) fn delete_pod(&self, name: &str) {
+        self.delete_of(Kind::Pods, name);
+    }
+
     fn delete_of(&self, kind: Kind, name: &str) {
         let mut state = self.state.lock();
         state.version += 1;
@@ -284,6 +302,7 @@ impl Api {
         state.compacted = state.version;
         state.nodes.log.clear();
         state.slices.log.clear();
+        state.pods.log.clear();
         drop(state);
         self.changed.send_replace(());
     }
@@ -322,6 +341,7 @@ impl State {
         match kind {
             Kind::Nodes => &mut self.nodes,
             Kind::Slices => &mut self.slices,
+            Kind::Pods => &mut self.pods,
         }
     }
 
@@ -362,6 +382,8 @@ fn answer(
     let mut locked = state.lock();
     let seen = match (kind, watches, query.contains_key("continue")) {
         (Kind::Slices, ..) => "slices",
+        (Kind::Pods, true, _) => "watch pods",
+        (Kind::Pods, false, _) => "pods",
         (Kind::Nodes, true, _) => "watch",
         (Kind::Nodes, false, true) => "list+",
         (Kind::Nodes, false, false) if named.is_some() => "node",

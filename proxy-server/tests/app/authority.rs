@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use certs::{Ca, CaDir, IssuerError, Pin, TrustDomain};
+use certs::{Ca, CaDir, Clock, IssuerError, Pin, TrustDomain};
 use daemon::{Exit, Listen};
 use proxy_server::App;
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use crate::api::Api;
 use crate::api::objects::Write;
 use crate::stack::{Stack, bare_session, configuration, eventually, within};
 
-const SECRET: &str = "corvid/corvid-ca";
+pub(crate) const SECRET: &str = "corvid/corvid-ca";
 
 fn authority_of(api: &Api, dir: &Path) -> PathBuf {
     let kubeconfig = api.kubeconfig(dir);
@@ -65,7 +65,7 @@ fn copy(dir: &Path) -> Option<Ca> {
     dir.load(&TrustDomain::default()).unwrap()
 }
 
-fn pin(stack: &Stack) -> Pin {
+pub(crate) fn pin(stack: &Stack) -> Pin {
     copy(stack.dir.path()).unwrap().pin()
 }
 
@@ -284,7 +284,9 @@ async fn a_foreign_authority_is_not_taken_over_while_running() {
         bare_session(&stack, &own).await.unwrap();
         stack.enrolled("edge2").await;
     }
-    assert_eq!(api.writes().len(), 1, "nothing was written over it");
+    let writes = api.writes();
+    let of_secrets = writes.iter().filter(|write| write.what.contains("secrets"));
+    assert_eq!(of_secrets.count(), 1, "nothing was written over it");
     api.set("secrets", SECRET, ours);
     stack.stop().await;
     other.stop().await;
@@ -308,4 +310,36 @@ fn a_configuration_that_makes_no_sense_is_refused() {
         let key = format!("kubernetes.{key}");
         assert!(error.to_string().contains(&key), "{key}: {error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_copy_is_no_reason_not_to_start() {
+    let api = Api::start().await;
+    let stack = start(&api).await;
+    let own = pin(&stack);
+    let dir = stack.stop().await;
+    let key = dir.path().join("state/ca/ca.key");
+    std::fs::write(&key, "nonsense").unwrap();
+    let stack = again(&api, dir).await;
+    assert_eq!(pin(&stack), own);
+    stack.stop().await;
+}
+
+/// It may be the only one that there is, and repaired by hand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_authority_of_the_directorys_own_is_never_replaced() {
+    let api = Api::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    CaDir::new(dir.path().join("state/ca"))
+        .load_or_create(&TrustDomain::default(), Clock::system().now())
+        .unwrap();
+    let key = dir.path().join("state/ca/ca.key");
+    std::fs::write(&key, "nonsense").unwrap();
+    let file = authority_of(&api, dir.path());
+    let (config, environment, _trigger) = crate::stack::read(&file);
+    let failed = App::start(config, environment, &CancellationToken::new()).await;
+    let failed = format!("{:#}", failed.unwrap_err());
+    assert!(failed.contains("open the authority in"), "{failed}");
+    assert_eq!(std::fs::read_to_string(&key).unwrap(), "nonsense");
+    assert!(api.object("secrets", SECRET).is_none());
 }

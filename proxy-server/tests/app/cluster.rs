@@ -67,7 +67,7 @@ pub(crate) fn start(api: &Api, more: &str) -> Stack {
 }
 
 /// What a request for that destination is told.
-async fn told(stack: &Stack, to: &str) -> String {
+pub(crate) async fn told(stack: &Stack, to: &str) -> String {
     match stack.connect(to).await {
         Ok(_stream) => "200".to_owned(),
         Err(line) => line,
@@ -105,7 +105,7 @@ pub(crate) async fn until_metric(stack: &Stack, name: &str, value: f64) {
     );
 }
 
-const UNKNOWN: &str = "the destination is no node at the edge";
+pub(crate) const UNKNOWN: &str = "the destination is no node at the edge";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn routes_appear_change_and_vanish_with_their_nodes() {

@@ -15,7 +15,7 @@ use crate::authority::{again, kept, put, start};
 use crate::stack::{Stack, allow, bare_session, echo, eventually, tls, within};
 use crate::standing::come;
 
-const DAY: Duration = Duration::from_secs(86_400);
+pub(crate) const DAY: Duration = Duration::from_secs(86_400);
 
 fn args(dir: &Path) -> StateArgs {
     StateArgs {
@@ -220,7 +220,7 @@ async fn a_retirement_is_of_what_was_looked_at_and_of_nothing_newer() {
         .unwrap();
     until_roots(&[&one], 2.0).await;
     let rotated = copy(&one);
-    api.hold("PUT secrets");
+    api.hold("PATCH secrets");
     let (args, mut retiring) = (args(one.dir.path()), JoinSet::new());
     retiring.spawn_blocking(move || commands::ca_retire(&args, true));
     eventually("it is about to be written", || api.waiting() == 1).await;

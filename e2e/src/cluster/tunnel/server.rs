@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::DEADLINE;
 use crate::cluster::account::{Account, NAMESPACE, SERVICE};
 use crate::cluster::control_plane::PUBLIC;
+use crate::cluster::pods::WEB_PORT;
 use crate::cluster::scrapers::{PASSWORD, PROXY, USER};
 use crate::net::Host;
 use crate::process::{Process, Spawn};
@@ -125,7 +126,7 @@ fn config(dir: &Path) -> Value {
                 "type": "forwardProxy",
                 "listen": format!("tcp:{PUBLIC}:{PROXY}"),
                 "basicAuthFile": dir.join("scrapers"),
-                "allow": [{"users": [USER], "clients": [USER], "nodes": ["*"], "ports": [10250, 9100]}],
+                "allow": [{"users": [USER], "clients": [USER], "nodes": ["*"], "ports": [10250, 9100, WEB_PORT]}],
             },
             {
                 "type": "konnectivity",
@@ -144,6 +145,7 @@ fn config(dir: &Path) -> Value {
             "dns": {"service": format!("{NAMESPACE}/{SERVICE}")},
             "enrol": {},
             "authority": {"refresh": "2s"},
+            "pods": {},
         },
         "observe": {"listen": "127.0.0.1:9440"},
         "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},

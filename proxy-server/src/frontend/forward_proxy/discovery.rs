@@ -1,4 +1,4 @@
-//! `GET /sd/{kubelet,cadvisor,node-exporter}`: Prometheus HTTP service discovery of the nodes at the edge.
+//! `GET /sd/{kubelet,cadvisor,node-exporter,edge-agent}`: Prometheus HTTP service discovery of the nodes at the edge.
 //!
 //! Targets are node names, which the same listener serves as a proxy, so two nodes with one address are told apart.
 //! `node`, `pool` and `region` become labels of the series. Whether a node is ready or has a session changes all the time
@@ -19,6 +19,8 @@ use crate::status::{self, NodeStatus};
 pub(super) const PREFIX: &str = "/sd/";
 /// Where a node-exporter listens that nobody has moved.
 const NODE_EXPORTER_PORT: u16 = 9100;
+/// Where an agent has its own metrics; its `allow` must list the port.
+const AGENT_PORT: u16 = 9441;
 
 /// One target with its labels.
 #[derive(Debug, Serialize, PartialEq)]
@@ -41,7 +43,9 @@ pub(super) fn answer(forwarder: &Forwarder, path: &str) -> Response<Body> {
         None => (
             StatusCode::NOT_FOUND,
             "text/plain",
-            Bytes::from_static(b"there are /sd/kubelet, /sd/cadvisor and /sd/node-exporter\n"),
+            Bytes::from_static(
+                b"there are /sd/kubelet, /sd/cadvisor, /sd/node-exporter and /sd/edge-agent\n",
+            ),
         ),
     };
     let mut response = Response::new(Full::new(body).map_err(|never| match never {}).boxed());
@@ -56,12 +60,13 @@ fn groups(nodes: &[NodeStatus], job: &str) -> Option<Vec<Group>> {
     let (scheme, path) = match job {
         "kubelet" => ("https", "/metrics"),
         "cadvisor" => ("https", "/metrics/cadvisor"),
-        "node-exporter" => ("http", "/metrics"),
+        "node-exporter" | "edge-agent" => ("http", "/metrics"),
         _ => return None,
     };
     let group = |node: &NodeStatus| {
         let port = match job {
             "node-exporter" => NODE_EXPORTER_PORT,
+            "edge-agent" => AGENT_PORT,
             _ => node.kubelet_port,
         };
         let mut labels = BTreeMap::from([
@@ -87,6 +92,11 @@ fn groups(nodes: &[NodeStatus], job: &str) -> Option<Vec<Group>> {
     };
     // In a cluster an agent that is no node serves others: a target of its own it is not.
     let in_cluster = nodes.iter().any(|node| node.source == "cluster");
-    let wanted = |node: &&NodeStatus| node.edge && !(in_cluster && node.source == "agent");
+    let wanted = |node: &&NodeStatus| {
+        let stranger = in_cluster && node.source == "agent";
+        // An agent that serves several nodes has its metrics on one of them, or on none.
+        let its_own = job != "edge-agent" || node.agent == node.node;
+        node.edge && !stranger && its_own
+    };
     Some(nodes.iter().filter(wanted).map(group).collect())
 }

@@ -1,9 +1,9 @@
 //! What has to be written so that a ConfigMap says what it should. Pure.
 //!
 //! Of a map that exists one key and one annotation are ours, and a change names the version that it was made for: nothing
-//! else is touched, and nothing that somebody else writes meanwhile is lost. The annotation says which server wrote last.
-//! A new leader writes its name even if the text is right: whatever an earlier one has still under way is for an older
-//! version from then on, and refused.
+//! else is touched, and nothing that somebody else writes meanwhile is lost. Where the annotation says which server wrote
+//! last, a new leader writes its name even if the text is right: whatever an earlier one has still under way is for an
+//! older version from then on, and refused.
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::ObjectMeta;
@@ -22,7 +22,8 @@ pub(super) struct Wanted<'a> {
     pub(super) map: &'a ObjectName,
     pub(super) key: &'a str,
     pub(super) text: &'a str,
-    pub(super) writer: &'a str,
+    /// Its name and what it says.
+    pub(super) annotation: (&'a str, &'a str),
 }
 
 /// What is to be done for that.
@@ -44,7 +45,7 @@ pub(super) fn plan(found: Option<&ConfigMap>, wanted: Wanted<'_>) -> Result<Plan
         map,
         key,
         text,
-        writer,
+        annotation: (note, noted),
     } = wanted;
     let bytes = text.len() + found.map_or(0, |found| others(found, key));
     if bytes > MOST {
@@ -55,7 +56,7 @@ pub(super) fn plan(found: Option<&ConfigMap>, wanted: Wanted<'_>) -> Result<Plan
         return Ok(Plan::Create(Box::new(ConfigMap {
             metadata: ObjectMeta {
                 name: Some(map.name.clone()),
-                annotations: entry(WRITTEN_BY, writer),
+                annotations: entry(note, noted),
                 ..ObjectMeta::default()
             },
             data: entry(key, text),
@@ -64,12 +65,12 @@ pub(super) fn plan(found: Option<&ConfigMap>, wanted: Wanted<'_>) -> Result<Plan
     };
     let said = found.data.as_ref().and_then(|data| data.get(key));
     let annotations = found.metadata.annotations.as_ref();
-    let by = annotations.and_then(|annotations| annotations.get(WRITTEN_BY));
-    if said.is_some_and(|said| said == text) && by.is_some_and(|by| by == writer) {
+    let by = annotations.and_then(|annotations| annotations.get(note));
+    if said.is_some_and(|said| said == text) && by.is_some_and(|by| by == noted) {
         return Ok(Plan::Keep);
     }
     Ok(Plan::Change(json!({
-        "metadata": {"resourceVersion": found.metadata.resource_version, "annotations": {WRITTEN_BY: writer}},
+        "metadata": {"resourceVersion": found.metadata.resource_version, "annotations": {note: noted}},
         "data": {key: text},
     })))
 }
@@ -102,7 +103,7 @@ mod tests {
                 map: &map,
                 key: "k",
                 text,
-                writer: "me",
+                annotation: (WRITTEN_BY, "me"),
             },
         )
     }

@@ -1,0 +1,92 @@
+//! Pods at the edge as destinations: by name, by address, and for kube-apiserver's own proxy.
+
+use std::io::{Read as _, Write as _};
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::cluster::content::lines;
+use e2e::cluster::{Cluster, NODES, pods};
+
+/// Fetches the page of a node's pod by the pod's name.
+pub(super) fn by_name(cluster: &Cluster, node: &str) -> Result<()> {
+    let to = format!("{}.default.pod:{}", pods::name(node), pods::WEB_PORT);
+    let door = cluster.tunnel().forward_proxy()?;
+    let mut tunnel = door.connect(&to)??;
+    write!(tunnel, "GET /lines HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    tunnel.read_to_string(&mut answer)?;
+    let (_head, body) = answer.split_once("\r\n\r\n").context("no head")?;
+    let right = body == lines(node, pods::WEB_LINES);
+    ensure!(
+        right,
+        "{} bytes that are not the page of {node}",
+        body.len()
+    );
+    Ok(())
+}
+
+fn address(cluster: &Cluster, pod: &str) -> Result<String> {
+    let get = ["get", "pod", pod, "-o", "jsonpath={.status.podIP}"];
+    Ok(String::from_utf8(cluster.kubectl().ok(&get)?)?)
+}
+
+/// Both nodes' pods have one address, as sites that know nothing of each other give it: by name each is reached, by the
+/// address neither.
+pub(super) fn twins(cluster: &Cluster) -> Result<String> {
+    for node in NODES {
+        by_name(cluster, node)?;
+    }
+    let [one, two] = NODES.map(|node| address(cluster, &pods::name(node)));
+    let (one, two) = (one?, two?);
+    ensure!(one == two, "{one} and {two}: nothing to mix up");
+    let to = format!("{one}:{}", pods::WEB_PORT);
+    let refused = cluster.tunnel().forward_proxy()?.connect(&to)?;
+    let refused = refused
+        .err()
+        .context("an address of two was reached")?
+        .to_string();
+    for pod in NODES.map(pods::name) {
+        ensure!(
+            refused.contains(&format!("pod default/{pod} on ")),
+            "{refused}"
+        );
+    }
+    let raw = format!(
+        "/api/v1/namespaces/default/pods/{}:{}/proxy/lines",
+        pods::name("edge1"),
+        pods::WEB_PORT
+    );
+    let told = cluster.kubectl().fails(&["get", "--raw", &raw])?;
+    Ok(format!("{refused}; kubectl: {told}"))
+}
+
+/// kube-apiserver's own proxy reaches a pod whose address nobody else has.
+pub(super) fn pod_proxy(cluster: &Cluster) -> Result<String> {
+    let taken = |cluster: &Cluster| -> Result<Vec<String>> {
+        let all = ["get", "pods", "-o", "jsonpath={.items[*].status.podIP}"];
+        let all = String::from_utf8(cluster.kubectl().ok(&all)?)?;
+        Ok(all.split_whitespace().map(str::to_owned).collect())
+    };
+    for number in 0..8 {
+        let name = format!("web-{number}");
+        cluster.create(&pods::web(&name, "edge2"))?;
+        cluster.wait_ready(&name)?;
+        let ip = address(cluster, &name)?;
+        if taken(cluster)?.iter().filter(|other| **other == ip).count() > 1 {
+            continue;
+        }
+        let raw = format!(
+            "/api/v1/namespaces/default/pods/{name}:{}/proxy/lines",
+            pods::WEB_PORT
+        );
+        let page = e2e::cluster::until(std::time::Duration::from_secs(30), "it is known", || {
+            cluster.kubectl().ok(&["get", "--raw", &raw])
+        })?;
+        ensure!(
+            page == lines("edge2", pods::WEB_LINES).as_bytes(),
+            "{} bytes",
+            page.len()
+        );
+        return Ok(format!("{name} at {ip}"));
+    }
+    anyhow::bail!("every address is taken twice")
+}
