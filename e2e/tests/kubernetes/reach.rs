@@ -62,7 +62,13 @@ pub(super) fn twins(cluster: &Cluster) -> Result<String> {
 /// kube-apiserver's own proxy reaches a pod whose address nobody else has.
 pub(super) fn pod_proxy(cluster: &Cluster) -> Result<String> {
     let taken = |cluster: &Cluster| -> Result<Vec<String>> {
-        let all = ["get", "pods", "-o", "jsonpath={.items[*].status.podIP}"];
+        let all = [
+            "get",
+            "pods",
+            "-A",
+            "-o",
+            "jsonpath={.items[*].status.podIP}",
+        ];
         let all = String::from_utf8(cluster.kubectl().ok(&all)?)?;
         Ok(all.split_whitespace().map(str::to_owned).collect())
     };
