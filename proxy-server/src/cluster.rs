@@ -1,7 +1,7 @@
 //! What the cluster knows of its nodes, and how fresh that is. The only place that asks Kubernetes anything.
 //!
 //! The nodes are read in pages, then watched; each change makes a new [`ClusterTable`], which routing reads. So are pods, where
-//! they are destinations ([`pods`]). Without the `kubernetes:` section nothing here runs and the table is empty.
+//! they are destinations (`pods.rs`). Without the `kubernetes:` section nothing here runs and the table is empty.
 //!
 //! | state | from it by | routes |
 //! | --- | --- | --- |
