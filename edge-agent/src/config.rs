@@ -17,7 +17,7 @@ use proto::transport::quic::Congestion;
 use secrecy::SecretString;
 use serde::Deserialize;
 
-use crate::policy::Rule;
+use crate::policy::{Pods, Rule};
 
 /// Where state is kept unless told otherwise; the systemd unit's `StateDirectory`.
 pub const STATE_DIR: &str = "/var/lib/corvid-agent";
@@ -43,6 +43,8 @@ pub struct Config {
     pub localhost_ports: Vec<u16>,
     /// Destinations allowed beside the default.
     pub allow: Vec<Rule>,
+    /// Pods that are dialled without a rule.
+    pub pods: Pods,
     /// Bound of what unread bytes cost.
     pub memory: u64,
     /// Time limits of a stream.

@@ -152,7 +152,7 @@ async fn targets(
     let destination = &header.destination;
     if policy.is_node(&destination.host) {
         return policy
-            .node_targets(&own, destination.port)
+            .node_targets(&own, destination.port, header.pod.as_ref())
             .map_err(|denied| (denied.reason(), denied.to_string()));
     }
     let resolved = serving
@@ -163,7 +163,7 @@ async fn targets(
     let mut denied = None;
     let mut targets = Vec::new();
     for address in resolved {
-        match policy.target(&own, address.ip(), address.port()) {
+        match policy.target(&own, address.ip(), address.port(), header.pod.as_ref()) {
             Ok(target) => targets.push(target),
             Err(error) => denied = denied.or(Some(error)),
         }

@@ -14,7 +14,7 @@ pub use handshake::{
     Accepted, Capabilities, HandshakeError, Limits, Offer, ServerOffer, VERSIONS, answer_hello,
     check_hello_ack,
 };
-pub use header::{HeaderError, StreamHeader, StreamReply};
+pub use header::{HeaderError, PodPort, StreamHeader, StreamReply};
 
 /// The generated messages of `tunnel.proto`.
 #[expect(missing_docs, reason = "generated code; tunnel.proto has the comments")]

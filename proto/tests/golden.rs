@@ -126,6 +126,25 @@ fn stream_header() {
 }
 
 #[test]
+fn stream_header_about_a_pod() {
+    let header = pb::StreamHeader {
+        host: "10.2.0.5".into(),
+        port: 80,
+        deadline_ms: 10_000,
+        pod: Some(pb::PodPort {
+            pod: "d/w".into(),
+            node: "e1".into(),
+            declared: true,
+        }),
+        ..pb::StreamHeader::default()
+    };
+    assert_eq!(
+        hex(&header),
+        "1c0a0831302e322e302e35105018904e4a0b0a03642f77120265311801"
+    );
+}
+
+#[test]
 fn stream_header_to_a_peer() {
     let header = pb::StreamHeader {
         host: "edge1".into(),
@@ -136,6 +155,7 @@ fn stream_header_to_a_peer() {
         agent: "a".into(),
         node: "n".into(),
         requester: "uid/0".into(),
+        ..pb::StreamHeader::default()
     };
     assert_eq!(
         hex(&header),

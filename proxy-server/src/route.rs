@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use proto::wire::PodPort;
 use proto::{AgentName, Destination, Host, Reason};
 
 use crate::cluster::ClusterTable;
@@ -30,12 +31,24 @@ pub enum Route {
         agent: AgentName,
         /// The node's name.
         node: String,
-        /// What the agent dials in place of what was asked for: the node is another machine than the agent's, or the
-        /// agent does not know that name.
-        dialled: Option<Host>,
+        /// What the agent dials. Not what was asked for where the node is another machine than the agent's, or the agent
+        /// does not know that name.
+        to: Destination,
+        /// The pod that is meant, if it is one that is known.
+        pod: Option<PodPort>,
     },
-    /// Not at the edge.
-    Elsewhere,
+    /// Not at the edge: that is dialled from here, if anything is.
+    Elsewhere(Destination),
+}
+
+impl Route {
+    /// What is dialled in the end.
+    #[must_use]
+    pub const fn to(&self) -> &Destination {
+        match self {
+            Self::Edge { to, .. } | Self::Elsewhere(to) => to,
+        }
+    }
 }
 
 /// The table.
@@ -91,8 +104,8 @@ impl RouteTable {
         known: impl Fn(&AgentName) -> bool,
     ) -> Result<Route, Refusal> {
         let configured = match &destination.host {
-            Host::Name(name) => self.by_name(name).map(Ok),
-            Host::Ip(ip) => self.by_address(*ip),
+            Host::Name(name) => self.by_name(name, destination.port).map(Ok),
+            Host::Ip(ip) => self.by_address(*ip, destination),
         };
         configured
             .or_else(|| cluster.route(destination, &known))
@@ -118,23 +131,26 @@ impl RouteTable {
         longest.map_or(&[], Vec::as_slice)
     }
 
-    fn by_name(&self, name: &str) -> Option<Route> {
+    fn by_name(&self, name: &str, port: u16) -> Option<Route> {
         let (agent, address) = self.names.get(name)?;
+        let host = address.map_or_else(|| Host::Name(name.to_owned()), Host::Ip);
         Some(Route::Edge {
             agent: agent.clone(),
             node: name.to_owned(),
-            dialled: address.map(Host::Ip),
+            to: Destination { host, port },
+            pod: None,
         })
     }
 
-    fn by_address(&self, ip: IpAddr) -> Option<Result<Route, Refusal>> {
+    fn by_address(&self, ip: IpAddr, destination: &Destination) -> Option<Result<Route, Refusal>> {
         let claims = self.claims(ip);
         let Claim { node, agent } = claims.first()?;
         if claims.iter().all(|claim| claim.agent == *agent) {
             return Some(Ok(Route::Edge {
                 agent: agent.clone(),
                 node: node.clone(),
-                dialled: None,
+                to: destination.clone(),
+                pod: None,
             }));
         }
         let rivals = claims.iter().filter(|claim| claim.agent != *agent);
@@ -151,16 +167,18 @@ impl RouteTable {
 }
 
 fn by_agent(destination: &Destination, known: impl Fn(&AgentName) -> bool) -> Route {
+    let to = destination.clone();
     let Host::Name(name) = &destination.host else {
-        return Route::Elsewhere;
+        return Route::Elsewhere(to);
     };
     match name.parse::<AgentName>() {
         Ok(agent) if known(&agent) => Route::Edge {
             node: name.clone(),
             agent,
-            dialled: None,
+            to,
+            pod: None,
         },
-        Ok(_) | Err(_) => Route::Elsewhere,
+        Ok(_) | Err(_) => Route::Elsewhere(to),
     }
 }
 
@@ -196,57 +214,55 @@ pub(crate) mod tests {
         })
     }
 
-    fn edge(node: &str, agent: &str) -> Route {
+    fn edge(node: &str, agent: &str, to: &str) -> Route {
         Route::Edge {
             agent: agent.parse().unwrap(),
             node: node.into(),
-            dialled: None,
+            to: to.parse().unwrap(),
+            pod: None,
         }
+    }
+
+    /// At the edge, with what was asked for dialled.
+    fn leads(to: &str, node: &str, agent: &str) {
+        assert_eq!(route(to).unwrap(), edge(node, agent, to), "{to}");
+    }
+
+    fn elsewhere(to: &str) {
+        assert_eq!(
+            route(to).unwrap(),
+            Route::Elsewhere(to.parse().unwrap()),
+            "{to}"
+        );
     }
 
     #[test]
     fn a_node_behind_another_machines_agent_is_dialled_by_its_address() {
-        let Route::Edge { agent, dialled, .. } = route("lathe:10250").unwrap() else {
-            panic!()
-        };
-        assert_eq!(
-            (agent.as_str(), dialled),
-            ("site-a", Some("10.9.0.7".parse().unwrap()))
-        );
-        let Route::Edge { dialled, .. } = route("edge1:10250").unwrap() else {
-            panic!()
-        };
-        assert_eq!(dialled, None, "an agent knows its own node");
+        let lathe = edge("lathe", "site-a", "10.9.0.7:10250");
+        assert_eq!(route("lathe:10250").unwrap(), lathe);
+        // An agent knows its own node.
+        leads("edge1:10250", "edge1", "edge1");
     }
 
     #[test]
     fn names_lead_to_their_agent() {
-        assert_eq!(route("edge1:10250").unwrap(), edge("edge1", "edge1"));
-        assert_eq!(route("press:10250").unwrap(), edge("press", "site-a"));
-        assert_eq!(
-            route("edge9:10250").unwrap(),
-            edge("edge9", "edge9"),
-            "known by its enrolment"
-        );
-        assert_eq!(
-            route("site-a:1").unwrap(),
-            Route::Elsewhere,
-            "an agent's name is no node's"
-        );
-        assert_eq!(route("webhook.default.svc:443").unwrap(), Route::Elsewhere);
+        leads("edge1:10250", "edge1", "edge1");
+        leads("press:10250", "press", "site-a");
+        // Known by its enrolment.
+        leads("edge9:10250", "edge9", "edge9");
+        // An agent's name is no node's.
+        elsewhere("site-a:1");
+        elsewhere("webhook.default.svc:443");
     }
 
     #[test]
     fn the_most_specific_address_wins() {
-        assert_eq!(route("10.1.2.3:1").unwrap(), edge("edge1", "edge1"));
-        assert_eq!(route("10.9.0.1:1").unwrap(), edge("press", "site-a"));
-        assert_eq!(route("10.9.0.7:1").unwrap(), edge("lathe", "site-a"));
-        assert_eq!(route("[fd00::1]:1").unwrap(), edge("edge2", "edge2"));
-        assert_eq!(
-            route("[::ffff:10.1.2.3]:1").unwrap(),
-            edge("edge1", "edge1")
-        );
-        assert_eq!(route("203.0.113.9:1").unwrap(), Route::Elsewhere);
+        leads("10.1.2.3:1", "edge1", "edge1");
+        leads("10.9.0.1:1", "press", "site-a");
+        leads("10.9.0.7:1", "lathe", "site-a");
+        leads("[fd00::1]:1", "edge2", "edge2");
+        leads("[::ffff:10.1.2.3]:1", "edge1", "edge1");
+        elsewhere("203.0.113.9:1");
     }
 
     #[test]
@@ -258,6 +274,6 @@ pub(crate) mod tests {
 
     #[test]
     fn two_nodes_of_one_agent_may_share_an_address() {
-        assert_eq!(route("10.9.1.5:1").unwrap(), edge("lathe", "site-a"));
+        leads("10.9.1.5:1", "lathe", "site-a");
     }
 }

@@ -36,7 +36,7 @@ use tunnel::Reach;
 use crate::cluster::Cluster;
 use crate::config::{Elsewhere, Mark, Timeouts};
 use crate::error::Refusal;
-use crate::frontend::policy::{Policy, Requester, Target};
+use crate::frontend::policy::{Policy, Requester};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::path::direct;
@@ -201,9 +201,9 @@ impl Forwarder {
         let route = self.route(destination)?;
         match (&route, elsewhere) {
             (Route::Edge { node: name, .. }, _) => node.clone_from(name),
-            (Route::Elsewhere, Elsewhere::Direct) => {}
+            (Route::Elsewhere(_), Elsewhere::Direct) => {}
             // Said to whoever may use the frontend at all: a name that is mistyped is no question of rules.
-            (Route::Elsewhere, Elsewhere::Refuse) => {
+            (Route::Elsewhere(_), Elsewhere::Refuse) => {
                 let detail = if self.routing.cluster.is_waiting() {
                     "the cluster's nodes are not known yet"
                 } else {
@@ -213,7 +213,7 @@ impl Forwarder {
                 return Err(Refusal::detailed(destination, reason, detail));
             }
         }
-        policy.check(requester, destination, Target::from(&route))?;
+        policy.check(requester, destination, &route)?;
         Ok(route)
     }
 
@@ -223,7 +223,6 @@ impl Forwarder {
         routed: Option<Route>,
         record: &mut StreamRecord,
     ) -> Result<(Halves, Bytes, OwnedSemaphorePermit), Refusal> {
-        let destination = &request.destination;
         let deadline = Instant::now() + self.timeouts.dial;
         let overloaded = |reason| Refusal::about("proxy-server", reason);
         let permit = self.limits.stream().map_err(overloaded)?;
@@ -236,18 +235,16 @@ impl Forwarder {
             Route::Edge {
                 agent,
                 node,
-                dialled,
+                to,
+                pod,
             } => {
                 record.path = Path::Tunnel;
                 record.node.clone_from(&node);
-                let host = dialled.unwrap_or_else(|| destination.host.clone());
                 let ask = Ask {
                     agent,
                     node,
-                    destination: Destination {
-                        host,
-                        port: destination.port,
-                    },
+                    destination: to,
+                    pod,
                     requester: request.requester.words(),
                     deadline,
                 };
@@ -257,10 +254,10 @@ impl Forwarder {
                 let halves = Halves::Tunnel(stream.carried, stream.send, stream.recv);
                 Ok((halves, stream.early, permit))
             }
-            Route::Elsewhere => {
+            Route::Elsewhere(to) => {
                 record.path = Path::Direct;
                 let own = self.own.load();
-                let stream = direct::dial(destination, &own, self.mark, deadline).await?;
+                let stream = direct::dial(&to, &own, self.mark, deadline).await?;
                 let (send, recv) = tcp::halves(stream);
                 Ok((Halves::Direct(send, recv), Bytes::new(), permit))
             }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use certs::{Name, Pin, TrustDomain};
 use daemon::{ConfigError, Listen, Problems};
 use ipnet::IpNet;
-use proto::Destination;
 use proto::transport::quic::Congestion;
+use proto::{Destination, Host};
 use secrecy::ExposeSecret;
 
 use super::file::{self, File};
@@ -72,6 +72,14 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         .enumerate()
         .filter_map(|(i, allow)| rule(&mut problems, i, allow))
         .collect();
+    for (i, node) in file.pods.nodes.iter().enumerate() {
+        let is_name = matches!(node.parse(), Ok(Host::Name(name)) if name == *node);
+        problems.check(
+            is_name,
+            format!("pods.nodes[{i}]"),
+            format!("{node:?} is no name of a node"),
+        );
+    }
     let memory = file.memory.map_or(MEMORY, |size| size.0);
     problems.check(memory >= LEAST_MEMORY, "memory", "at least 1MiB is needed");
     times(
@@ -117,6 +125,7 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         .collect(),
         localhost_ports: file.localhost_ports,
         allow,
+        pods: file.pods,
         memory,
         timeouts: file.timeouts,
         backoff: file.backoff,

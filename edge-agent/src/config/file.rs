@@ -20,6 +20,7 @@ pub(super) struct File {
     pub(super) node_addresses: Vec<IpAddr>,
     pub(super) localhost_ports: Vec<u16>,
     pub(super) allow: Vec<Allow>,
+    pub(super) pods: crate::policy::Pods,
     pub(super) memory: Option<ByteSize>,
     pub(super) timeouts: super::Timeouts,
     pub(super) backoff: super::BackoffLimits,

@@ -14,6 +14,7 @@ fn policy(allow: &[(&str, RangeInclusive<u16>)]) -> Policy {
         localhost_ports: BTreeSet::new(),
         node_addresses: Vec::new(),
         allow: allow.iter().map(rule).collect(),
+        pods: Pods::default(),
     }
 }
 
@@ -25,7 +26,9 @@ fn own() -> Vec<IpAddr> {
 
 fn allowed(policy: &Policy, target: &str) -> bool {
     let target: SocketAddr = target.parse().unwrap();
-    policy.target(&own(), target.ip(), target.port()).is_ok()
+    policy
+        .target(&own(), target.ip(), target.port(), None)
+        .is_ok()
 }
 
 #[test]
@@ -92,7 +95,7 @@ fn some_addresses_are_refused_whatever_is_listed() {
         "[64:ff9b:1::a9fe:a9fe]:80",
     ] {
         let target: SocketAddr = bad.parse().unwrap();
-        let denied = policy.target(&own(), target.ip(), 80).unwrap_err();
+        let denied = policy.target(&own(), target.ip(), 80, None).unwrap_err();
         assert_eq!(denied.reason(), Reason::ForbiddenDestination, "{bad}");
     }
     for good in [
@@ -109,7 +112,7 @@ fn some_addresses_are_refused_whatever_is_listed() {
 #[test]
 fn a_link_local_own_address_is_refused_too() {
     let own = ["169.254.20.10".parse().unwrap()];
-    let denied = policy(&[]).target(&own, own[0], 10250).unwrap_err();
+    let denied = policy(&[]).target(&own, own[0], 10250, None).unwrap_err();
     assert_eq!(
         denied,
         Denied::Forbidden("169.254.20.10:10250".parse().unwrap())
@@ -118,13 +121,13 @@ fn a_link_local_own_address_is_refused_too() {
 
 #[test]
 fn the_node_is_dialled_at_localhost_first() {
-    let targets = policy(&[]).node_targets(&own(), 10250).unwrap();
+    let targets = policy(&[]).node_targets(&own(), 10250, None).unwrap();
     let shown: Vec<_> = targets.iter().map(ToString::to_string).collect();
     assert_eq!(
         shown,
         ["127.0.0.1:10250", "192.168.1.10:10250", "[fd00::10]:10250"]
     );
-    let denied = policy(&[]).node_targets(&own(), 22).unwrap_err();
+    let denied = policy(&[]).node_targets(&own(), 22, None).unwrap_err();
     assert_eq!(denied.reason(), Reason::DestinationDenied);
 }
 
@@ -136,7 +139,7 @@ fn a_localhost_port_is_dialled_at_localhost_whatever_own_address_was_asked_for()
     };
     let target = |ip: &str, port| {
         policy
-            .target(&own(), ip.parse().unwrap(), port)
+            .target(&own(), ip.parse().unwrap(), port, None)
             .unwrap()
             .to_string()
     };
@@ -148,7 +151,73 @@ fn a_localhost_port_is_dialled_at_localhost_whatever_own_address_was_asked_for()
         "10.0.0.7:10250",
         "another host's port is its own"
     );
-    assert_eq!(policy.node_targets(&own(), 10250).unwrap().len(), 1);
+    assert_eq!(policy.node_targets(&own(), 10250, None).unwrap().len(), 1);
+}
+
+#[test]
+fn pods_of_the_node_are_dialled_where_they_declare_it_and_settings_say_so() {
+    let with = |ports, nodes: &[&str]| Policy {
+        pods: Pods {
+            ports,
+            nodes: nodes.iter().map(|&node| node.into()).collect(),
+        },
+        ..policy(&[])
+    };
+    let pod = |node: &str, declared| PodPort {
+        pod: "default/web".into(),
+        node: node.into(),
+        declared,
+    };
+    let denied = "10.2.0.5:80 is not in the agent's allow-list";
+    let undeclared = &format!("{denied}, and pod default/web declares no such port");
+    let foreign =
+        &format!("{denied}, and pod default/web is on lathe, which `pods.nodes` does not have");
+    for (ports, nodes, pod, wanted) in [
+        (
+            PodPorts::Declared,
+            &[][..],
+            Some(pod("edge1", true)),
+            "10.2.0.5:80",
+        ),
+        (
+            PodPorts::Declared,
+            &[],
+            Some(pod("edge1", false)),
+            undeclared,
+        ),
+        (PodPorts::Declared, &[], Some(pod("lathe", true)), foreign),
+        (
+            PodPorts::Declared,
+            &["lathe"],
+            Some(pod("lathe", true)),
+            "10.2.0.5:80",
+        ),
+        (
+            PodPorts::Declared,
+            &["lathe"],
+            Some(pod("edge1", true)),
+            "10.2.0.5:80",
+        ),
+        (PodPorts::Declared, &[], None, denied),
+        (PodPorts::Any, &[], Some(pod("edge1", false)), "10.2.0.5:80"),
+        (PodPorts::Any, &[], Some(pod("lathe", false)), foreign),
+        (PodPorts::Any, &[], None, denied),
+        (PodPorts::None, &["lathe"], Some(pod("edge1", true)), denied),
+    ] {
+        let policy = with(ports, nodes);
+        let decided = policy.target(&own(), "10.2.0.5".parse().unwrap(), 80, pod.as_ref());
+        let said = decided.map_or_else(|denied| denied.to_string(), |target| target.to_string());
+        assert_eq!(said, wanted, "{ports:?} {nodes:?} {pod:?}");
+    }
+    // On the node's own network, and whatever the server says: what is never dialled.
+    let policy = with(PodPorts::Any, &[]);
+    let pod = pod("edge1", true);
+    assert_eq!(
+        policy.node_targets(&own(), 8080, Some(&pod)).unwrap().len(),
+        3
+    );
+    let metadata = policy.target(&own(), "169.254.169.254".parse().unwrap(), 80, Some(&pod));
+    assert_eq!(metadata.unwrap_err().reason(), Reason::ForbiddenDestination);
 }
 
 proptest! {
@@ -164,7 +233,7 @@ proptest! {
             Ipv6Addr::new(0x2002, x, y, 0, 0, 0, 0, 1).into(),
         ];
         for ip in clothes {
-            prop_assert!(policy.target(&own(), ip, 10250).is_err());
+            prop_assert!(policy.target(&own(), ip, 10250, None).is_err());
         }
     }
 }

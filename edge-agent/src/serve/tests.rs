@@ -36,6 +36,7 @@ fn serving() -> Arc<Serving> {
             cidr: "127.0.0.0/8".parse().unwrap(),
             ports: vec![1..=65535],
         }],
+        pods: crate::policy::Pods::default(),
     };
     Arc::new(Serving {
         policy: ArcSwap::from_pointee(policy),
@@ -86,6 +87,7 @@ async fn a_panic_in_one_stream_resets_it_and_leaves_the_others_alone() {
         destination: destination.local_addr().unwrap().into(),
         deadline: Duration::from_secs(10),
         trace: String::new(),
+        pod: None,
     };
     send.write_chunk(encode(&header.to_pb())).await.unwrap();
     let (mut dialled, _) = destination.accept().await.unwrap();
@@ -144,6 +146,7 @@ async fn what_is_cut_is_cut_on_both_sides_with_its_reason() {
         destination: destination.local_addr().unwrap().into(),
         deadline: Duration::ZERO,
         trace: String::new(),
+        pod: None,
     };
     send.write_chunk(encode(&header.to_pb())).await.unwrap();
     let (mut dialled, _) = destination.accept().await.unwrap();
@@ -179,6 +182,7 @@ async fn a_stream_whose_destination_reads_nothing_ends_with_its_session() {
         destination: destination.local_addr().unwrap().into(),
         deadline: Duration::ZERO,
         trace: String::new(),
+        pod: None,
     };
     send.write_chunk(encode(&header.to_pb())).await.unwrap();
     let (dialled, _) = destination.accept().await.unwrap();

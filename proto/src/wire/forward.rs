@@ -75,7 +75,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::{MAX_FRAME, encode};
+    use crate::wire::{MAX_FRAME, PodPort, encode};
 
     fn forward(node: &str, requester: &str) -> ForwardHeader {
         ForwardHeader {
@@ -86,6 +86,11 @@ mod tests {
                 destination: "edge1:10250".parse().unwrap(),
                 deadline: Duration::from_secs(10),
                 trace: String::new(),
+                pod: Some(PodPort {
+                    pod: format!("{}/{}", "n".repeat(63), "p".repeat(253)),
+                    node: "n".repeat(253),
+                    declared: true,
+                }),
             },
         }
     }

@@ -8,6 +8,8 @@ use crate::{Destination, Host, IdError, Reason};
 
 /// Longest W3C traceparent that is passed on; version 00 has 55 bytes.
 const MAX_TRACE: usize = 64;
+/// Longest name of a pod with its namespace, and of a node: DNS names.
+const MAX_POD: usize = 63 + 1 + 253;
 /// Longest detail of a reply, characters; it ends in an HTTP reason phrase.
 const MAX_DETAIL: usize = 300;
 
@@ -28,6 +30,37 @@ pub struct StreamHeader {
     pub deadline: Duration,
     /// W3C traceparent, or empty.
     pub trace: String,
+    /// The pod that is to be dialled, if it is one that the server knows.
+    pub pod: Option<PodPort>,
+}
+
+/// What a server vouches for: the destination is that pod's, which is on that node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodPort {
+    /// `NAMESPACE/NAME`.
+    pub pod: String,
+    /// Its node.
+    pub node: String,
+    /// The pod says that it serves the port, or a Service says so.
+    pub declared: bool,
+}
+
+impl PodPort {
+    fn to_pb(&self) -> pb::PodPort {
+        pb::PodPort {
+            pod: self.pod.clone(),
+            node: self.node.clone(),
+            declared: self.declared,
+        }
+    }
+
+    fn from_pb(pod: &pb::PodPort) -> Self {
+        Self {
+            pod: printable(&pod.pod, MAX_POD),
+            node: printable(&pod.node, MAX_POD),
+            declared: pod.declared,
+        }
+    }
 }
 
 impl StreamHeader {
@@ -43,6 +76,7 @@ impl StreamHeader {
             port: self.destination.port.into(),
             deadline_ms: u32::try_from(self.deadline.as_millis()).unwrap_or(u32::MAX),
             trace: self.trace.clone(),
+            pod: self.pod.as_ref().map(PodPort::to_pb),
             ..pb::StreamHeader::default()
         }
     }
@@ -59,6 +93,7 @@ impl StreamHeader {
             destination: Destination { host, port },
             deadline: Duration::from_millis(header.deadline_ms.into()),
             trace: printable(&header.trace, MAX_TRACE),
+            pod: header.pod.as_ref().map(PodPort::from_pb),
         })
     }
 }
@@ -104,6 +139,11 @@ mod tests {
                 destination: text.parse().unwrap(),
                 deadline: Duration::from_secs(10),
                 trace: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
+                pod: Some(PodPort {
+                    pod: "default/web".into(),
+                    node: "edge1".into(),
+                    declared: true,
+                }),
             };
             assert_eq!(StreamHeader::from_pb(&header.to_pb()).unwrap(), header);
         }

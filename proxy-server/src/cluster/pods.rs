@@ -20,10 +20,11 @@ use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Pod as Watched;
+use k8s_openapi::api::core::v1::{ContainerPort, Pod as Watched, PodSpec};
 use kube::Api;
 use kube::runtime::watcher::Event;
 use parking_lot::RwLock;
+use proto::wire::PodPort;
 use proto::{Reason, is_loopback, is_never_dialled};
 
 use super::client::Source;
@@ -32,6 +33,8 @@ use crate::error::Refusal;
 
 /// Pods a page: some 10 MB of JSON at most.
 const PAGE: u32 = 500;
+/// Declared ports that are kept of a pod.
+const MOST_PORTS: usize = 256;
 /// What ends the names of pods.
 const DOMAIN: &str = "pod";
 
@@ -44,6 +47,8 @@ pub(crate) struct Pod {
     pub(crate) node: String,
     /// Its addresses, the first is the one that Kubernetes calls its own. None on its node's network.
     pub(crate) addresses: Vec<IpAddr>,
+    /// The TCP ports that its containers declare.
+    ports: Vec<u16>,
     /// When it should have ended, Unix time.
     ends: Option<i64>,
 }
@@ -78,8 +83,18 @@ impl Pod {
             key: follow::key(watched),
             node: spec.node_name.clone()?,
             addresses,
+            ports: declared(spec),
             ends: ends.map(|time| time.0.as_second()),
         })
+    }
+
+    /// What its node's agent is told when a port of it is to be dialled.
+    pub(crate) fn port(&self, port: u16) -> PodPort {
+        PodPort {
+            pod: self.key.clone(),
+            node: self.node.clone(),
+            declared: self.ports.contains(&port),
+        }
     }
 
     fn is_there(&self) -> bool {
@@ -87,6 +102,20 @@ impl Pod {
         self.ends
             .is_none_or(|ends| ends.try_into().is_ok_and(|ends: u64| ends > now))
     }
+}
+
+/// TCP ports of the containers that run as long as the pod: sidecars are among those that start it.
+fn declared(spec: &PodSpec) -> Vec<u16> {
+    let starts = spec.init_containers.iter().flatten();
+    let sidecars = starts.filter(|it| it.restart_policy.as_deref() == Some("Always"));
+    let containers = spec.containers.iter().chain(sidecars);
+    let ports = containers.filter_map(|it| it.ports.as_ref()).flatten();
+    let tcp = ports.filter(|port| port.protocol.as_deref().is_none_or(|it| it == "TCP"));
+    let number = |port: &ContainerPort| u16::try_from(port.container_port).ok();
+    let mut all: Vec<u16> = tcp.filter_map(number).take(MOST_PORTS).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 /// The pods, shared by who follows them and who asks. Without `kubernetes.pods` there are none.
@@ -252,7 +281,11 @@ pub(super) mod tests {
         let ips: Vec<_> = ips.iter().map(|ip| json!({"ip": ip})).collect();
         serde_json::from_value(json!({
             "metadata": {"namespace": namespace, "name": name},
-            "spec": {"nodeName": node, "containers": []},
+            "spec": {
+                "nodeName": node,
+                "hostNetwork": ips.is_empty(),
+                "containers": [{"name": "c", "ports": [{"containerPort": 80}]}],
+            },
             "status": {"phase": "Running", "podIP": ips.first().map(|ip| ip["ip"].clone()), "podIPs": ips},
         }))
         .unwrap()
@@ -342,6 +375,34 @@ pub(super) mod tests {
             let pod = watched("default/a", "edge1", &[ip]);
             assert_eq!(Pod::trim(&pod), None, "{ip}");
         }
+    }
+
+    #[test]
+    fn ports_are_those_that_running_containers_declare_for_tcp() {
+        let mut pod = serde_json::to_value(watched("d/a", "edge1", &["10.0.0.1"])).unwrap();
+        let ports = |all: &[(u32, Option<&str>)]| {
+            let all = all
+                .iter()
+                .map(|(port, protocol)| json!({"containerPort": port, "protocol": protocol}));
+            all.collect::<Vec<_>>()
+        };
+        pod["spec"]["containers"] = json!([
+            {"name": "a", "ports": ports(&[(443, Some("TCP")), (80, None), (53, Some("UDP"))])},
+            {"name": "b", "ports": ports(&[(80, None), (70_000, None)])},
+            {"name": "c"},
+        ]);
+        pod["spec"]["initContainers"] = json!([
+            {"name": "sidecar", "restartPolicy": "Always", "ports": ports(&[(15_000, None)])},
+            {"name": "init", "ports": ports(&[(9, None)])},
+        ]);
+        let pod = Pod::trim(&serde_json::from_value(pod).unwrap()).unwrap();
+        assert_eq!(pod.ports, [80, 443, 15_000]);
+        let told = |declared| PodPort {
+            pod: "d/a".into(),
+            node: "edge1".into(),
+            declared,
+        };
+        assert_eq!((pod.port(80), pod.port(53)), (told(true), told(false)));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use proto::wire::PodPort;
 use proto::{AgentName, Destination, Host, Reason};
 
 use super::nodes::{Node, Nodes};
@@ -128,7 +129,8 @@ impl ClusterTable {
         match &destination.host {
             Host::Name(name) => {
                 if let Some(node) = self.nodes.get(name) {
-                    return Some(Ok(towards(node, node.dialled(name), known)));
+                    let to = aim(destination, node.dialled(name));
+                    return Some(Ok(towards(node, destination, to, None, known)));
                 }
                 if let Some(claims) = self.aliases.get(name) {
                     // Its certificate says whose name that is; a kubelet only says so.
@@ -136,18 +138,17 @@ impl ClusterTable {
                     if agent.is_some_and(|agent| claims.iter().all(|node| node.agent != agent)) {
                         return None;
                     }
-                    let dialled = |node: &Node| node.dialled(name);
-                    return Some(one_of(claims, format_args!("name {name}"), dialled, known));
+                    let to = |node: &Node| aim(destination, node.dialled(name));
+                    return Some(one_of(claims, destination, "name", to, known));
                 }
                 let reach = self.reach.as_ref()?;
                 match reach.pods.named(name, &reach.domain) {
                     Found::Pods(found) => {
-                        let dialled = |pod: &Pod, node: &Node| match pod.addresses.first() {
-                            Some(ip) => Some(Host::Ip(*ip)),
-                            None => node.dialled(name),
+                        let to = |pod: &Pod, node: &Node| {
+                            let own = pod.addresses.first().copied().map(Host::Ip);
+                            aim(destination, own.or_else(|| node.dialled(name)))
                         };
-                        let what = format_args!("name {name}");
-                        Some(self.of_pods(&found, &[], what, dialled, known))
+                        Some(self.of_pods(&found, &[], format_args!("name {name}"), to, known))
                     }
                     Found::Missing(refusal) => Some(Err(refusal)),
                     Found::Nothing => None,
@@ -159,12 +160,17 @@ impl ClusterTable {
                 let pods = self.reach.as_ref().map(|reach| reach.pods.at(*ip));
                 match pods {
                     Some(pods) if !pods.is_empty() => {
-                        Some(self.of_pods(&pods, nodes, what, |_, _| None, known))
+                        let to = |_: &Pod, _: &Node| destination.clone();
+                        Some(self.of_pods(&pods, nodes, what, to, known))
                     }
-                    Some(_) | None if !nodes.is_empty() => {
-                        Some(one_of(nodes, what, |_| None, known))
-                    }
-                    Some(_) => self.of_network(*ip, known),
+                    Some(_) | None if !nodes.is_empty() => Some(one_of(
+                        nodes,
+                        destination,
+                        "address",
+                        |_| destination.clone(),
+                        known,
+                    )),
+                    Some(_) => self.of_network(*ip, destination, known),
                     None => None,
                 }
             }
@@ -175,6 +181,7 @@ impl ClusterTable {
     fn of_network(
         &self,
         ip: IpAddr,
+        destination: &Destination,
         known: impl Fn(&AgentName) -> bool,
     ) -> Option<Result<Route, Refusal>> {
         let of = |length: &u8| self.cidrs.get(&IpNet::new(ip, *length).ok()?.trunc());
@@ -198,8 +205,9 @@ impl ClusterTable {
         }
         Some(one_of(
             &claims,
-            format_args!("address {ip}"),
-            |_| None,
+            destination,
+            "address",
+            |_| destination.clone(),
             known,
         ))
     }
@@ -210,7 +218,7 @@ impl ClusterTable {
         pods: &[Arc<Pod>],
         nodes: &[Arc<Node>],
         what: impl Display,
-        dialled: impl Fn(&Pod, &Node) -> Option<Host>,
+        to: impl Fn(&Pod, &Node) -> Destination,
         known: impl Fn(&AgentName) -> bool,
     ) -> Result<Route, Refusal> {
         let on = |pod: &Arc<Pod>| self.nodes.get(&pod.node);
@@ -221,11 +229,17 @@ impl ClusterTable {
                     sentence: format!("pod {}: its node {} is not known", pod.key, pod.node),
                 });
             };
-            return Ok(towards(node, dialled(pod, node), known));
+            let to = to(pod, node);
+            let meant = pod.port(to.port);
+            return Ok(towards(node, &to.clone(), to, Some(meant), known));
         }
         let is_cloud = |node: &Arc<Node>| !node.is_edge(&known);
-        if pods.iter().all(|pod| on(pod).is_some_and(is_cloud)) && nodes.iter().all(is_cloud) {
-            return Ok(Route::Elsewhere);
+        if let Some(first) = pods.first()
+            && pods.iter().all(|pod| on(pod).is_some_and(is_cloud))
+            && nodes.iter().all(is_cloud)
+            && let Some(node) = on(first)
+        {
+            return Ok(Route::Elsewhere(to(first, node)));
         }
         let pods = pods
             .iter()
@@ -253,39 +267,58 @@ fn listed(mut names: Vec<String>) -> String {
     named
 }
 
-fn towards(node: &Node, dialled: Option<Host>, known: impl Fn(&AgentName) -> bool) -> Route {
+/// What was asked for, at another host if there is one.
+fn aim(asked: &Destination, other: Option<Host>) -> Destination {
+    Destination {
+        host: other.unwrap_or_else(|| asked.host.clone()),
+        port: asked.port,
+    }
+}
+
+fn towards(
+    node: &Node,
+    asked: &Destination,
+    to: Destination,
+    pod: Option<PodPort>,
+    known: impl Fn(&AgentName) -> bool,
+) -> Route {
     if !node.is_edge(known) {
-        return Route::Elsewhere;
+        return Route::Elsewhere(asked.clone());
     }
     Route::Edge {
         agent: node.agent.clone(),
         node: node.name.clone(),
-        dialled,
+        to,
+        pod,
     }
 }
 
 fn one_of(
     claims: &[Arc<Node>],
-    what: impl Display,
-    dialled: impl Fn(&Node) -> Option<Host>,
+    asked: &Destination,
+    what: &str,
+    to: impl Fn(&Node) -> Destination,
     known: impl Fn(&AgentName) -> bool,
 ) -> Result<Route, Refusal> {
     let edge = || claims.iter().filter(|node| node.is_edge(&known));
     // Rules are about nodes: the machine of the agent is meant before others that say they are served by it.
     let machine = edge().find(|node| node.agent.as_str() == node.name);
     let Some(first) = machine.or_else(|| edge().next()) else {
-        return Ok(Route::Elsewhere);
+        return Ok(Route::Elsewhere(asked.clone()));
     };
     // One machine of a site has the address, and the site's agent finds it: nothing to mix up. By name each claimant
     // might be dialled at another address.
-    let answer = |node: &Node| (node.agent.clone(), dialled(node));
+    let answer = |node: &Node| (node.agent.clone(), to(node));
     if claims.iter().all(|node| answer(node) == answer(first)) {
-        return Ok(towards(first, dialled(first), known));
+        return Ok(towards(first, asked, to(first), None, known));
     }
     let named = listed(claims.iter().map(|node| node.name.clone()).collect());
     Err(Refusal {
         reason: Reason::AmbiguousDestination,
-        sentence: format!("{what} is that of nodes {named}: ask by node name"),
+        sentence: format!(
+            "{what} {} is that of nodes {named}: ask by node name",
+            asked.host
+        ),
     })
 }
 
@@ -385,19 +418,25 @@ mod tests {
     }
 
     fn route_in(table: &ClusterTable, to: &str) -> String {
-        let to = format!("{to}:10250").parse().unwrap();
+        let to: Destination = format!("{to}:10250").parse().unwrap();
         match table.route(&to, |agent| agent.as_str() == "joined") {
             None => "unknown".into(),
-            Some(Ok(Route::Elsewhere)) => "elsewhere".into(),
+            Some(Ok(Route::Elsewhere(_))) => "elsewhere".into(),
             Some(Ok(Route::Edge {
                 agent,
                 node,
-                dialled,
-            })) => match dialled {
-                Some(Host::Ip(ip)) => format!("{agent}/{node}/{ip}"),
-                Some(Host::Name(name)) => format!("{agent}/{node}/{name}"),
-                None => format!("{agent}/{node}"),
-            },
+                to: dialled,
+                ..
+            })) => {
+                assert_eq!(dialled.port, to.port);
+                match dialled.host {
+                    Host::Ip(ip) if dialled.host != to.host => format!("{agent}/{node}/{ip}"),
+                    Host::Name(ref name) if dialled.host != to.host => {
+                        format!("{agent}/{node}/{name}")
+                    }
+                    Host::Ip(_) | Host::Name(_) => format!("{agent}/{node}"),
+                }
+            }
             Some(Err(refusal)) => {
                 let missing = ["no pod", "pod "]
                     .iter()
@@ -484,6 +523,7 @@ mod tests {
             ("default/cloud", "cloud1", &["10.244.0.1"]),
             ("default/cloud2", "cloud2", &["10.244.0.1"]),
             ("default/lost", "unknown", &["10.244.9.9"]),
+            ("default/host", "edge1", &[]),
         ]);
         let mut nodes = table().nodes;
         let mut with = |name: &str, cidrs: &[&str]| {
@@ -561,6 +601,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_agent_is_told_which_pod_is_meant_and_nothing_of_addresses_that_no_pod_has() {
+        let table = reaching();
+        for (to, pod) in [
+            ("10.244.1.5:80", Some(("default/web", "edge1", true))),
+            ("10.244.1.5:81", Some(("default/web", "edge1", false))),
+            ("web.default.pod:80", Some(("default/web", "edge1", true))),
+            (
+                "press.default.pod:81",
+                Some(("default/press", "press", false)),
+            ),
+            ("host.default.pod:80", Some(("default/host", "edge1", true))),
+            ("10.244.1.77:80", None),
+            ("edge1:80", None),
+            ("10.0.0.1:80", None),
+        ] {
+            let route = table.route(&to.parse().unwrap(), |_| false).unwrap();
+            let Ok(Route::Edge { pod: told, .. }) = route else {
+                panic!("{to}: {route:?}")
+            };
+            let told = told.as_ref();
+            let told = told.map(|it| (it.pod.as_str(), it.node.as_str(), it.declared));
+            assert_eq!(told, pod, "{to}");
+        }
+    }
+
     proptest! {
         /// Whatever nodes claim: an address leads to a node that claims it or nowhere, and to an agent only if every
         /// claimant has that agent.
@@ -582,7 +648,7 @@ mod tests {
                 let owners: Vec<_> = nodes.values().filter(|node| node.addresses.contains(&ip)).collect();
                 match table.route(&to, |_| false) {
                     None => prop_assert!(owners.is_empty()),
-                    Some(Ok(Route::Elsewhere)) => prop_assert!(owners.iter().all(|node| !node.edge)),
+                    Some(Ok(Route::Elsewhere(_))) => prop_assert!(owners.iter().all(|node| !node.edge)),
                     Some(Ok(Route::Edge { agent, node, .. })) => {
                         prop_assert!(owners.iter().all(|owner| owner.agent == agent));
                         prop_assert!(owners.iter().any(|owner| owner.name == node));

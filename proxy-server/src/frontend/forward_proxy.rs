@@ -260,7 +260,7 @@ impl ForwardProxy {
     fn way(&self, wanted: &Request, node: &mut String) -> Result<Way, Refusal> {
         let route = self.forwarder.admit(wanted, node)?;
         let nowhere = || Refusal::about(&wanted.destination, Reason::UnknownDestination);
-        Way::new(route, &wanted.destination).ok_or_else(nowhere)
+        Way::new(route).ok_or_else(nowhere)
     }
 
     fn wanted(&self, requester: Requester, destination: Destination) -> Request {

@@ -153,7 +153,7 @@ impl<'a> From<&'a Route> for Target<'a> {
     fn from(route: &'a Route) -> Self {
         match route {
             Route::Edge { node, .. } => Self::Node(node),
-            Route::Elsewhere => Self::Elsewhere,
+            Route::Elsewhere(_) => Self::Elsewhere,
         }
     }
 }
@@ -224,25 +224,24 @@ impl Policy {
         named.then_some(()).ok_or_else(refusal)
     }
 
-    /// Decides about a routed request.
+    /// Decides about a routed request, by the port that is dialled in the end.
     ///
     /// # Errors
     /// [`Reason::NotAllowed`] in a sentence for the requester.
     pub fn check(
         &self,
         requester: &Requester,
-        destination: &Destination,
-        target: Target<'_>,
+        asked: &Destination,
+        route: &Route,
     ) -> Result<(), Refusal> {
         let rules = match self {
             Self::Open => return Ok(()),
             Self::Listed(rules) => rules,
         };
-        let port = destination.port;
-        decide(rules, requester, target, port).map_or_else(
+        decide(rules, requester, route.into(), route.to().port).map_or_else(
             |Denied| {
                 let detail = format!("{requester} may not ask for it");
-                Err(Refusal::detailed(destination, Reason::NotAllowed, &detail))
+                Err(Refusal::detailed(asked, Reason::NotAllowed, &detail))
             },
             |_rule| Ok(()),
         )

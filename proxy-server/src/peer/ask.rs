@@ -159,6 +159,7 @@ async fn find(
         agent: header.agent.clone(),
         node: header.node.clone(),
         destination: header.header.destination.clone(),
+        pod: header.header.pod.clone(),
         requester: header.requester.clone(),
         deadline: Instant::now() + limit,
     };

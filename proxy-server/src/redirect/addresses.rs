@@ -438,7 +438,7 @@ mod tests {
                 let claims = claims.get(&ip).copied().unwrap_or_default();
                 let uncontradicted = match &route {
                     Ok(Route::Edge { agent, .. }) => claims.iter().all(|node| node.edge && node.agent == *agent),
-                    Ok(Route::Elsewhere) | Err(_) => false,
+                    Ok(Route::Elsewhere(_)) | Err(_) => false,
                 };
                 prop_assert_eq!(times == 1, uncontradicted && !own.contains(&ip), "{} {:?} {:?}", ip, route, led);
             }

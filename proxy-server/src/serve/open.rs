@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
 use proto::transport::{SendHalf, Session, StreamError};
-use proto::wire::{ForwardHeader, StreamHeader, StreamReply, encode, pb};
+use proto::wire::{ForwardHeader, PodPort, StreamHeader, StreamReply, encode, pb};
 use proto::{AgentName, Destination, FrameReader, ReadFrameError, Reason, read_frame_within};
 use tokio::time::{Instant, timeout_at};
 
@@ -27,6 +27,8 @@ pub(crate) struct Ask {
     pub(crate) node: String,
     /// What the agent dials.
     pub(crate) destination: Destination,
+    /// The pod that is meant, as far as it is known.
+    pub(crate) pod: Option<PodPort>,
     /// Who asks, in words.
     pub(crate) requester: String,
     /// When there must be an answer.
@@ -108,6 +110,7 @@ impl Way {
             destination: ask.destination.clone(),
             deadline: left,
             trace: String::new(),
+            pod: ask.pod.clone(),
         };
         match self {
             Self::Agent(_) => {

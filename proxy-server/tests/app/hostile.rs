@@ -88,6 +88,7 @@ fn header(agent: &str, port: u16) -> pb::StreamHeader {
             destination: format!("{agent}:{port}").parse().unwrap(),
             deadline: Duration::from_secs(10),
             trace: String::new(),
+            pod: None,
         },
     };
     header.to_pb()

@@ -33,6 +33,7 @@ impl Peer {
             destination,
             deadline,
             trace: "00-test".to_owned(),
+            pod: None,
         };
         let mut stream = self.open().await;
         stream

@@ -49,8 +49,8 @@ pub(super) fn hosts(
             }
             let addresses = match route(name) {
                 Ok(Route::Edge { .. }) => ours.clone(),
-                Ok(Route::Elsewhere) if name == node.name || table.is_alone(name) => own(node),
-                Ok(Route::Elsewhere) | Err(_) => continue,
+                Ok(Route::Elsewhere(_)) if name == node.name || table.is_alone(name) => own(node),
+                Ok(Route::Elsewhere(_)) | Err(_) => continue,
             };
             if !addresses.is_empty() {
                 lines.insert(name, addresses);

@@ -136,15 +136,19 @@ fn a_network_needs_an_address_to_be_in() {
 fn a_refusal_names_who_and_what_and_not_the_rules() {
     let policy = Policy::Listed(rules(RULES));
     let requester = client("kube-apiserver", "192.0.2.1");
-    let to = "edge-1:22".parse().unwrap();
-    let refusal = policy
-        .check(&requester, &to, Target::Node("edge-1"))
-        .unwrap_err();
+    let asked = "ssh.default.svc:80".parse().unwrap();
+    let route = Route::Edge {
+        agent: "edge-1".parse().unwrap(),
+        node: "edge-1".into(),
+        to: "10.2.0.5:22".parse().unwrap(),
+        pod: None,
+    };
+    let refusal = policy.check(&requester, &asked, &route).unwrap_err();
     assert_eq!(refusal.reason, Reason::NotAllowed);
     assert_eq!(refusal.reason.http_status(), 403);
     assert_eq!(
         refusal.sentence,
-        "edge-1:22: not allowed: client/kube-apiserver may not ask for it"
+        "ssh.default.svc:80: not allowed: client/kube-apiserver may not ask for it"
     );
 }
 
