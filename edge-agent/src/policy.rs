@@ -28,7 +28,7 @@ pub struct Rule {
     pub ports: Vec<RangeInclusive<u16>>,
 }
 
-/// Pods that are dialled beside what rules allow.
+/// Pods that are dialled beside what rules allow, at addresses that are not the node's own.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Pods {
@@ -134,12 +134,7 @@ impl Policy {
     ///
     /// # Errors
     /// When none may be.
-    pub fn node_targets(
-        &self,
-        own: &[IpAddr],
-        port: u16,
-        pod: Option<&PodPort>,
-    ) -> Result<Vec<SocketAddr>, Denied> {
+    pub fn node_targets(&self, own: &[IpAddr], port: u16) -> Result<Vec<SocketAddr>, Denied> {
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let others = if self.localhost_ports.contains(&port) {
             &[]
@@ -150,7 +145,7 @@ impl Policy {
         let mut first = None;
         let mut targets = Vec::new();
         for ip in all {
-            match self.target(own, *ip, port, pod) {
+            match self.target(own, *ip, port, None) {
                 Ok(target) if !targets.contains(&target) => targets.push(target),
                 Ok(_again) => {}
                 Err(denied) => first = first.or(Some(denied)),
@@ -190,6 +185,8 @@ impl Policy {
             return Ok(target);
         }
         match (pod, self.pods.ports) {
+            // What listens on the node itself is nobody's pod.
+            _ if is_node => Err(Denied::Unlisted(target)),
             (None, _) | (Some(_), PodPorts::None) => Err(Denied::Unlisted(target)),
             (Some(PodPort { pod, node, .. }), PodPorts::Declared | PodPorts::Any)
                 if *node != self.node && !self.pods.nodes.contains(node) =>

@@ -152,7 +152,7 @@ async fn targets(
     let destination = &header.destination;
     if policy.is_node(&destination.host) {
         return policy
-            .node_targets(&own, destination.port, header.pod.as_ref())
+            .node_targets(&own, destination.port)
             .map_err(|denied| (denied.reason(), denied.to_string()));
     }
     let resolved = serving

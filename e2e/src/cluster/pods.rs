@@ -44,10 +44,7 @@ pub fn pod(node: &str) -> Value {
             &format!("{book}; >{WRITTEN}; exec sleep {FOR_EVER}")
         ),
         container("ticker", &ticker(node)),
-        container(
-            "web",
-            &format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www")
-        ),
+        serving(&web),
         container("echo", &format!("exec nc -ll -p {ECHO_PORT} -e cat")),
         container(
             "firehose",
@@ -60,9 +57,11 @@ pub fn pod(node: &str) -> Value {
 /// A pod that serves what `web` serves, and nothing else.
 #[must_use]
 pub fn web(name: &str, node: &str) -> Value {
-    let web = content::awk(node, WEB_LINES);
-    let script = format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www");
-    of_node(name, node, &json!([container("web", &script)]))
+    of_node(
+        name,
+        node,
+        &json!([serving(&content::awk(node, WEB_LINES))]),
+    )
 }
 
 /// The name of [`listener`].
@@ -110,6 +109,16 @@ fn container(name: &str, script: &str) -> Value {
         "imagePullPolicy": "Never",
         "command": ["/bin/sh", "-c", script],
     })
+}
+
+/// Serves what `web` prints as `/lines`, at a port that it declares, as no other container does.
+fn serving(web: &str) -> Value {
+    let script = format!("mkdir /www; {web} >/www/lines; exec httpd -f -p {WEB_PORT} -h /www");
+    let mut container = container("web", &script);
+    if let Some(container) = container.as_object_mut() {
+        container.insert("ports".to_owned(), json!([{"containerPort": WEB_PORT}]));
+    }
+    container
 }
 
 /// Some fifty lines a second.

@@ -14,7 +14,6 @@ use server::{CONFIG, DIRECT, KONNECTIVITY, SOCKET, Server};
 
 use super::account::Account;
 use super::control_plane::{Egress, PUBLIC};
-use super::pods::WEB_PORT;
 use super::steps::until;
 use crate::net::Host;
 use crate::process::{Process, Spawn};
@@ -119,8 +118,6 @@ impl Tunnel {
             "stateDir": self.dir.join(name),
             "servers": [format!("{PUBLIC}:8443")],
             "join": {"token": token, "caPin": self.pin()?},
-            // Pods of its node that serve pages.
-            "allow": [{"cidr": "10.244.1.0/24", "ports": [WEB_PORT]}],
         });
         fs::write(self.dir.join(format!("{name}.yaml")), config.to_string())?;
         self.start_agent(edge)

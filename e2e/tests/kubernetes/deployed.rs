@@ -10,7 +10,7 @@ use e2e::cluster::{ADDRESS, Cluster, Deployed, NODES, Steps, WORKLOADS, pods, re
 use tokio::time::Instant;
 
 use crate::logs::Followed;
-use crate::{exec, forward, logs, metrics, scrapers};
+use crate::{exec, forward, logs, metrics, reach, scrapers};
 
 /// For what takes Kubernetes some rounds of its own.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -157,6 +157,10 @@ fn by_egress(steps: &mut Steps, cluster: &mut Cluster<Deployed>) {
     steps.run("deployed_egress_cp_copies_both_ways", || {
         forward::copy(cluster)
     });
+    steps.run(
+        "deployed_egress_pods_are_reached_by_kube_apiservers_own_proxy",
+        || reach::pod_proxy(cluster),
+    );
     steps.run(
         "deployed_egress_port_forward_carries_10_connections",
         || forward::connections(cluster, 10),

@@ -143,6 +143,10 @@ fn what_the_cluster_knows(steps: &mut Steps, cluster: &mut Cluster) {
     steps.run("pods_with_one_address_are_told_apart_by_name", || {
         reach::twins(cluster)
     });
+    steps.run(
+        "pods_are_not_dialled_at_ports_that_they_do_not_declare",
+        || reach::undeclared(cluster),
+    );
     steps.run("pods_are_reached_by_kube_apiservers_own_proxy", || {
         reach::pod_proxy(cluster)
     });

@@ -24,7 +24,17 @@ pub(super) fn by_name(cluster: &Cluster, node: &str) -> Result<()> {
     Ok(())
 }
 
-fn address(cluster: &Cluster, pod: &str) -> Result<String> {
+/// At a port that no container declares the same pod is not dialled, and the agent says why.
+pub(super) fn undeclared(cluster: &Cluster) -> Result<String> {
+    let to = format!("{}.default.pod:{}", pods::name("edge1"), pods::ECHO_PORT);
+    let refused = cluster.tunnel().forward_proxy()?.connect(&to)?;
+    let refused = refused.err().context("it was dialled")?.to_string();
+    let why = format!("pod default/{} declares no such port", pods::name("edge1"));
+    ensure!(refused.contains(&why), "{refused}");
+    Ok(refused)
+}
+
+fn address<T>(cluster: &Cluster<T>, pod: &str) -> Result<String> {
     let get = ["get", "pod", pod, "-o", "jsonpath={.status.podIP}"];
     Ok(String::from_utf8(cluster.kubectl().ok(&get)?)?)
 }
@@ -60,8 +70,8 @@ pub(super) fn twins(cluster: &Cluster) -> Result<String> {
 }
 
 /// kube-apiserver's own proxy reaches a pod whose address nobody else has.
-pub(super) fn pod_proxy(cluster: &Cluster) -> Result<String> {
-    let taken = |cluster: &Cluster| -> Result<Vec<String>> {
+pub(super) fn pod_proxy<T>(cluster: &Cluster<T>) -> Result<String> {
+    let taken = || -> Result<Vec<String>> {
         let all = [
             "get",
             "pods",
@@ -77,7 +87,7 @@ pub(super) fn pod_proxy(cluster: &Cluster) -> Result<String> {
         cluster.create(&pods::web(&name, "edge2"))?;
         cluster.wait_ready(&name)?;
         let ip = address(cluster, &name)?;
-        if taken(cluster)?.iter().filter(|other| **other == ip).count() > 1 {
+        if taken()?.iter().filter(|other| **other == ip).count() > 1 {
             continue;
         }
         let raw = format!(

@@ -1,4 +1,5 @@
 use super::*;
+use crate::policy::PodPorts;
 
 const PIN: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
@@ -15,6 +16,7 @@ fn the_smallest_configuration_has_every_default() {
     assert_eq!(config.state_dir, Path::new("/var/lib/corvid-agent"));
     assert_eq!(config.servers[0].to_string(), "proxy.example.com:8443");
     assert_eq!(config.memory, 20 << 20);
+    assert_eq!(config.pods.ports, PodPorts::Declared);
     assert_eq!(config.timeouts.dial, Duration::from_secs(10));
     assert_eq!(config.backoff.max, Duration::from_secs(30));
     assert_eq!(config.drain.grace, Duration::from_secs(30));
@@ -38,6 +40,7 @@ join: {token: a.b, caPin: md5:00}
 credential: {certificate: a, key: b, ca: c}
 localhostPorts: [0]
 allow: [{cidr: 10.0.0.0/33, ports: []}, {cidr: 10.0.0.1, ports: ['9-1', 0, x]}]
+pods: {nodes: [lathe, Press, 'a b']}
 memory: 1KiB
 timeouts: {dial: 0s, halfOpen: 0s}
 backoff: {min: 1ms, max: 0s}
@@ -58,6 +61,8 @@ log: {level: 'a=b=c'}
         "servers[1]",
         "join.token",
         "join.caPin",
+        "pods.nodes[1]",
+        "pods.nodes[2]",
         "localhostPorts[0]",
         "allow[0].cidr",
         "allow[0].ports",

@@ -121,13 +121,13 @@ fn a_link_local_own_address_is_refused_too() {
 
 #[test]
 fn the_node_is_dialled_at_localhost_first() {
-    let targets = policy(&[]).node_targets(&own(), 10250, None).unwrap();
+    let targets = policy(&[]).node_targets(&own(), 10250).unwrap();
     let shown: Vec<_> = targets.iter().map(ToString::to_string).collect();
     assert_eq!(
         shown,
         ["127.0.0.1:10250", "192.168.1.10:10250", "[fd00::10]:10250"]
     );
-    let denied = policy(&[]).node_targets(&own(), 22, None).unwrap_err();
+    let denied = policy(&[]).node_targets(&own(), 22).unwrap_err();
     assert_eq!(denied.reason(), Reason::DestinationDenied);
 }
 
@@ -151,7 +151,7 @@ fn a_localhost_port_is_dialled_at_localhost_whatever_own_address_was_asked_for()
         "10.0.0.7:10250",
         "another host's port is its own"
     );
-    assert_eq!(policy.node_targets(&own(), 10250, None).unwrap().len(), 1);
+    assert_eq!(policy.node_targets(&own(), 10250).unwrap().len(), 1);
 }
 
 #[test]
@@ -209,15 +209,19 @@ fn pods_of_the_node_are_dialled_where_they_declare_it_and_settings_say_so() {
         let said = decided.map_or_else(|denied| denied.to_string(), |target| target.to_string());
         assert_eq!(said, wanted, "{ports:?} {nodes:?} {pod:?}");
     }
-    // On the node's own network, and whatever the server says: what is never dialled.
+    // Whatever the server says: what is never dialled, and what listens on the node itself.
     let policy = with(PodPorts::Any, &[]);
     let pod = pod("edge1", true);
-    assert_eq!(
-        policy.node_targets(&own(), 8080, Some(&pod)).unwrap().len(),
-        3
-    );
-    let metadata = policy.target(&own(), "169.254.169.254".parse().unwrap(), 80, Some(&pod));
-    assert_eq!(metadata.unwrap_err().reason(), Reason::ForbiddenDestination);
+    for (ip, reason) in [
+        ("169.254.169.254", Reason::ForbiddenDestination),
+        ("127.0.0.1", Reason::DestinationDenied),
+        ("::ffff:127.0.0.1", Reason::DestinationDenied),
+        ("192.168.1.10", Reason::DestinationDenied),
+        ("fd00::10", Reason::DestinationDenied),
+    ] {
+        let denied = policy.target(&own(), ip.parse().unwrap(), 80, Some(&pod));
+        assert_eq!(denied.unwrap_err().reason(), reason, "{ip}");
+    }
 }
 
 proptest! {

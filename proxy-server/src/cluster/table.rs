@@ -230,8 +230,9 @@ impl ClusterTable {
                 });
             };
             let to = to(pod, node);
-            let meant = pod.port(to.port);
-            return Ok(towards(node, &to.clone(), to, Some(meant), known));
+            // On its node's network nothing tells its ports from the node's own.
+            let meant = (!pod.addresses.is_empty()).then(|| pod.port(to.port));
+            return Ok(towards(node, &to.clone(), to, meant, known));
         }
         let is_cloud = |node: &Arc<Node>| !node.is_edge(&known);
         if let Some(first) = pods.first()
@@ -612,7 +613,7 @@ mod tests {
                 "press.default.pod:81",
                 Some(("default/press", "press", false)),
             ),
-            ("host.default.pod:80", Some(("default/host", "edge1", true))),
+            ("host.default.pod:80", None),
             ("10.244.1.77:80", None),
             ("edge1:80", None),
             ("10.0.0.1:80", None),

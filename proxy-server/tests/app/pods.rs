@@ -5,7 +5,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
 use crate::api::{Api, Mood};
-use crate::cluster::{UNKNOWN, edge, is_told, start, told};
+use crate::cluster::{UNKNOWN, edge, is_told, node, start, told};
 use crate::stack::{allow, eventually, shouter, within};
 
 const ON: &str = "kubernetes: {kubeconfig: KUBECONFIG, pods: {}}";
@@ -24,6 +24,10 @@ async fn a_pod_is_reached_by_its_name_and_its_address() {
     let api = Api::start().await;
     api.put(edge("edge1", &["192.168.1.10"]));
     api.put_pod(pod("web", "edge1", "10.244.1.5"));
+    api.put_pod(pod("api", "edge1", "10.244.1.6"));
+    let behind = json!({"corvid.io/agent": "edge1"});
+    api.put(node("lathe", &json!({}), &behind, &["192.168.1.12"]));
+    api.put_pod(pod("mill", "lathe", "10.244.9.6"));
     let mut stack = start(&api, ON);
     let mut tasks = JoinSet::new();
     let port = shouter(&mut tasks).await;
@@ -48,12 +52,26 @@ async fn a_pod_is_reached_by_its_name_and_its_address() {
         within(stream.read_to_string(&mut answer)).await.unwrap();
         assert_eq!(answer, host.to_uppercase());
     }
-    // What the agent does not allow is not reached.
-    let denied = told(&stack, "web.default.pod:81").await;
-    assert!(
-        denied.contains("403 node edge1: the agent's allow-list"),
-        "{denied}"
-    );
+    // What the agent does not allow is not reached: ports that no container declares, and pods of another node.
+    for (to, wanted) in [
+        (
+            "web.default.pod:81",
+            "10.244.1.5:81 is not in the agent's allow-list",
+        ),
+        (
+            "api.default.pod:81",
+            "and pod default/api declares no such port",
+        ),
+        ("10.244.1.6:81", "and pod default/api declares no such port"),
+        (
+            "mill.default.pod:80",
+            "and pod default/mill is on lathe, which `pods.nodes` does not have",
+        ),
+    ] {
+        let denied = told(&stack, to).await;
+        assert!(denied.contains("403 node "), "{denied}");
+        assert!(denied.contains(wanted), "{denied}");
+    }
     stack.stop().await;
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::DEADLINE;
 use crate::cluster::account::{Account, NAMESPACE, SERVICE};
 use crate::cluster::control_plane::PUBLIC;
-use crate::cluster::pods::WEB_PORT;
+use crate::cluster::pods::{ECHO_PORT, WEB_PORT};
 use crate::cluster::scrapers::{PASSWORD, PROXY, USER};
 use crate::net::Host;
 use crate::process::{Process, Spawn};
@@ -126,7 +126,7 @@ fn config(dir: &Path) -> Value {
                 "type": "forwardProxy",
                 "listen": format!("tcp:{PUBLIC}:{PROXY}"),
                 "basicAuthFile": dir.join("scrapers"),
-                "allow": [{"users": [USER], "clients": [USER], "nodes": ["*"], "ports": [10250, 9100, WEB_PORT]}],
+                "allow": [{"users": [USER], "clients": [USER], "nodes": ["*"], "ports": [10250, 9100, WEB_PORT, ECHO_PORT]}],
             },
             {
                 "type": "konnectivity",
