@@ -110,6 +110,7 @@ impl Cluster {
         cluster.reach = settings.pods.as_ref().map(|pods| Reach {
             pods: Arc::default(),
             domain: pods.cluster_domain.clone(),
+            pools: settings.pod_networks(),
         });
         metrics.register(|registry| cluster.metrics.register(registry));
         if let Some(dns) = &settings.dns {

@@ -142,7 +142,12 @@ impl RouteTable {
         })
     }
 
-    fn by_address(&self, ip: IpAddr, destination: &Destination) -> Option<Result<Route, Refusal>> {
+    /// The agent of the most specific entry for an address.
+    pub(crate) fn by_address(
+        &self,
+        ip: IpAddr,
+        destination: &Destination,
+    ) -> Option<Result<Route, Refusal>> {
         let claims = self.claims(ip);
         let Claim { node, agent } = claims.first()?;
         if claims.iter().all(|claim| claim.agent == *agent) {

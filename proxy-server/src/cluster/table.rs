@@ -8,10 +8,11 @@
 //! | name or address that several nodes claim, one at the edge among them | refused, all named; unless one agent serves all of them |
 //! | name or address that nodes claim, none at the edge | not at the edge |
 //! | name or address of a pod ([`pods`](super::pods)) | the agent of its node; an address that is another pod's or a node's as well, one at the edge among them: refused, all named |
+//! | address in the configured networks of a pool's pods | the agent of the most specific one; two agents at the same length: refused, both named |
 //! | address in `podCIDRs` of nodes | as an address that those nodes claim |
 //! | anything else | not known here |
 //!
-//! The last rows but one only with `kubernetes.pods`. What a kubelet writes counts for no more than it must: networks wider than
+//! The three rows before the last only with `kubernetes.pods`. What a kubelet writes counts for no more than it must: networks wider than
 //! one node has are left out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -26,7 +27,7 @@ use proto::{AgentName, Destination, Host, Reason};
 use super::nodes::{Node, Nodes};
 use super::pods::{Found, Pod, Pods};
 use crate::error::Refusal;
-use crate::route::Route;
+use crate::route::{Route, RouteTable};
 
 /// So many of the nodes that share an address are named; the rest is counted.
 const NAMED: usize = 5;
@@ -39,6 +40,8 @@ pub(crate) struct Reach {
     pub(crate) pods: Arc<Pods>,
     /// The cluster's domain, `cluster.local`.
     pub(crate) domain: String,
+    /// Configured networks of the pods of whole pools.
+    pub(crate) pools: RouteTable,
 }
 
 /// The nodes of one moment, and who claims which name and address.
@@ -170,46 +173,37 @@ impl ClusterTable {
                         |_| destination.clone(),
                         known,
                     )),
-                    Some(_) => self.of_network(*ip, destination, known),
-                    None => None,
+                    Some(_) | None => self.of_network(*ip, destination, known),
                 }
             }
         }
     }
 
-    /// The nodes among whose pods that address would be: all of them, however narrow their networks are.
+    /// Among whose pods that address would be: those of a pool by our configuration, else those of nodes, of all that claim
+    /// it however narrow their networks are.
     fn of_network(
         &self,
         ip: IpAddr,
         destination: &Destination,
         known: impl Fn(&AgentName) -> bool,
     ) -> Option<Result<Route, Refusal>> {
+        let reach = self.reach.as_ref()?;
         let of = |length: &u8| self.cidrs.get(&IpNet::new(ip, *length).ok()?.trunc());
-        let claims: Vec<_> = self
-            .lengths
-            .iter()
-            .filter_map(of)
-            .flatten()
-            .cloned()
-            .collect();
-        if claims.is_empty() {
-            return None;
-        }
-        let pods = &self.reach.as_ref()?.pods;
-        if !pods.are_known() && claims.iter().any(|node| node.is_edge(&known)) {
+        let of_nodes = || {
+            let claims = self.lengths.iter().filter_map(of).flatten();
+            let claims: Vec<_> = claims.cloned().collect();
+            let asked = |_: &Node| destination.clone();
+            (!claims.is_empty()).then(|| one_of(&claims, destination, "address", asked, known))
+        };
+        let route = reach.pools.by_address(ip, destination).or_else(of_nodes)?;
+        if matches!(route, Ok(Route::Edge { .. })) && !reach.pods.are_known() {
             // A pod elsewhere may have it.
             return Some(Err(Refusal {
                 reason: Reason::UnknownDestination,
                 sentence: format!("address {ip}: the cluster's pods are not read yet"),
             }));
         }
-        Some(one_of(
-            &claims,
-            destination,
-            "address",
-            |_| destination.clone(),
-            known,
-        ))
+        Some(route)
     }
 
     /// Where those pods are; `nodes` have the same address.
@@ -535,10 +529,25 @@ mod tests {
         with("edge2", &["10.244.2.0/24", "10.245.7.0/24"]);
         with("thief", &["10.245.0.0/16", "10.240.0.0/12", "::/0"]);
         with("cloud1", &["10.244.0.0/24"]);
-        with("press", &["10.246.0.0/24"]);
-        with("lathe", &["10.246.0.0/24"]);
+        with("press", &["10.246.0.0/24", "10.247.0.0/24"]);
+        with("lathe", &["10.246.0.0/24", "10.247.0.0/24"]);
+        let settings = Kubernetes {
+            pools: serde_json::from_value(json!({
+                "hz": {"agent": "site-a", "podNetworks": ["10.250.0.0/16", "10.251.0.0/16"]},
+                "bj": {"agent": "edge1", "podNetworks": ["10.250.7.0/24", "10.251.0.0/16", "10.246.0.0/24"]},
+            }))
+            .unwrap(),
+            ..Kubernetes::default()
+        };
         let domain = "cluster.local".to_owned();
-        ClusterTable::reaching(nodes, Some(Reach { pods, domain }))
+        ClusterTable::reaching(
+            nodes,
+            Some(Reach {
+                pods,
+                domain,
+                pools: settings.pod_networks(),
+            }),
+        )
     }
 
     #[test]
@@ -586,7 +595,15 @@ mod tests {
                 "10.245.7.1",
                 "address 10.245.7.1 is that of nodes edge2 and thief: ask by node name",
             ),
-            ("10.246.0.9", "site-a/lathe"),
+            // A pool's, by our configuration: more than what nodes have, the most specific one, never one of two.
+            ("10.246.0.9", "edge1/edge1"),
+            ("10.250.1.1", "site-a/site-a"),
+            ("10.250.7.1", "edge1/edge1"),
+            (
+                "10.251.0.1",
+                "address 10.251.0.1 is that of nodes edge1 and site-a: ask by node name",
+            ),
+            ("10.247.0.9", "site-a/lathe"),
             // Networks that no node has for itself.
             ("10.241.0.1", "unknown"),
             ("203.0.113.1", "unknown"),

@@ -168,22 +168,8 @@ pub(super) fn check_times(times: &LeaseTimes, problems: &mut Problems) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::kubernetes::tests::problems;
     use super::*;
-    use crate::config::Kubernetes;
-
-    fn problems(yaml: &str) -> String {
-        let file = std::path::Path::new("f");
-        let kubernetes: Kubernetes = match daemon::config::parse(file, yaml) {
-            Ok(kubernetes) => kubernetes,
-            Err(error) => return error.to_string(),
-        };
-        let mut problems = Problems::new();
-        super::super::kubernetes::check(&kubernetes, &mut problems);
-        match problems.into_result(file) {
-            Ok(()) => String::new(),
-            Err(error) => error.to_string(),
-        }
-    }
 
     #[test]
     fn the_defaults_are_those_of_raven_and_of_kubernetes() {

@@ -10,6 +10,8 @@ use serde::Deserialize;
 use super::authority::Authority;
 use super::dns::{self, Dns, LeaseTimes};
 use super::enrol::Enrol;
+use super::{Cidr, RouteEntry};
+use crate::route::RouteTable;
 
 /// What is known of nodes comes from a cluster. Without this section nothing of Kubernetes is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -92,6 +94,9 @@ impl Default for Kubernetes {
 pub struct Pool {
     /// The one agent that serves them: a site with one way out.
     pub agent: String,
+    /// Where its pods have their addresses, if that is no network of one node: what is no known pod's is this agent's.
+    #[serde(default)]
+    pub pod_networks: Vec<Cidr>,
 }
 
 impl Pool {
@@ -121,6 +126,21 @@ enum Wanted {
     Equal(String),
     /// Also met by a missing label, as Kubernetes has it.
     Other(String),
+}
+
+impl Kubernetes {
+    /// Which agent serves what is in the networks of a pool's pods.
+    pub(crate) fn pod_networks(&self) -> RouteTable {
+        let pools = self.pools.values();
+        let entries: Vec<_> = pools
+            .map(|pool| RouteEntry {
+                node: pool.agent.clone(),
+                agent: Some(pool.agent.clone()),
+                addresses: pool.pod_networks.clone(),
+            })
+            .collect();
+        RouteTable::new(&entries)
+    }
 }
 
 impl Selector {
@@ -194,6 +214,11 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
             format!("kubernetes.pools.{name}.agent"),
             format!("{:?} is no agent name", pool.agent),
         );
+        problems.check(
+            pool.pod_networks.is_empty() || kubernetes.pods.is_some(),
+            format!("kubernetes.pools.{name}.podNetworks"),
+            "needs kubernetes.pods, which says who has which address there",
+        );
     }
     if let Some(namespace) = &kubernetes.namespace {
         problems.check(
@@ -209,8 +234,38 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// What is wrong with a `kubernetes:` section.
+    pub(in crate::config) fn problems(yaml: &str) -> String {
+        let file = std::path::Path::new("f");
+        let kubernetes: Kubernetes = match daemon::config::parse(file, yaml) {
+            Ok(kubernetes) => kubernetes,
+            Err(error) => return error.to_string(),
+        };
+        let mut problems = Problems::new();
+        check(&kubernetes, &mut problems);
+        match problems.into_result(file) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn networks_of_pods_are_for_those_who_know_pods() {
+        let with = |pods| {
+            problems(&format!(
+                "{{inCluster: true, {pods}pools: {{hz: {{agent: site-a, podNetworks: [10.9.0.0/16]}}}}}}"
+            ))
+        };
+        assert_eq!(with("pods: {}, "), "");
+        let wrong = with("");
+        assert!(
+            wrong.contains("kubernetes.pools.hz.podNetworks: needs kubernetes.pods"),
+            "{wrong}"
+        );
+    }
 
     #[test]
     fn selectors_select_as_those_of_kubernetes() {

@@ -81,8 +81,14 @@ async fn pods_come_move_and_go_and_two_with_one_address_are_told_apart_by_name()
     api.put(edge("edge1", &["192.168.1.10"]));
     api.put(edge("edge2", &["192.168.1.11"]));
     api.put_pod(pod("one", "edge1", "10.244.1.5"));
-    let stack = start(&api, ON);
+    let ranges = "pools: {underlay: {agent: edge2, podNetworks: [10.250.0.0/16]}}";
+    let stack = start(
+        &api,
+        &ON.replace("pods: {}", &format!("pods: {{}}, {ranges}")),
+    );
     is_told(&stack, "10.244.1.5:80", "503 node edge1: no session").await;
+    // Nobody's that is known, in the network of a pool.
+    is_told(&stack, "10.250.7.7:80", "503 node edge2: no session").await;
     api.put_pod(pod("two", "edge2", "10.244.1.5"));
     let shared = "409 address 10.244.1.5 is that of pod default/one on edge1 and pod default/two on edge2: ask by name";
     is_told(&stack, "10.244.1.5:80", shared).await;
