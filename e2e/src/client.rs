@@ -129,6 +129,17 @@ impl Tunnel {
         }
     }
 
+    /// Longest time that writing waits for room.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn impatient(&self, longest: Duration) -> io::Result<()> {
+        match &self.io {
+            Io::Unix(stream) => stream.set_write_timeout(Some(longest)),
+            Io::Tls(stream) => stream.sock.set_write_timeout(Some(longest)),
+        }
+    }
+
     /// A second handle to the same stream, to read and to write at the same time.
     ///
     /// # Errors

@@ -6,10 +6,12 @@
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 
 use crate::{pattern, wait};
@@ -56,6 +58,8 @@ pub enum Behaviour {
     },
     /// Never answers.
     Hang,
+    /// Reads nothing and never answers, until the connection is cut.
+    Deaf,
     /// Answers with the name of this stand-in.
     Name,
 }
@@ -71,6 +75,7 @@ impl fmt::Display for Behaviour {
             Self::EndFirst => write!(f, "end-first"),
             Self::Reset { after } => write!(f, "reset {after}"),
             Self::Hang => write!(f, "hang"),
+            Self::Deaf => write!(f, "deaf"),
             Self::Name => write!(f, "name"),
         }
     }
@@ -107,6 +112,7 @@ impl FromStr for Behaviour {
                 after: number("bytes")?,
             },
             "hang" => Self::Hang,
+            "deaf" => Self::Deaf,
             "name" => Self::Name,
             _ => return Err(anyhow!("no such behaviour: {line:?}")),
         })
@@ -195,6 +201,12 @@ fn act(
         Behaviour::Hang => {
             let (content, end) = pattern::read(input, u64::MAX);
             end.map(|()| content.to_string())
+        }
+        Behaviour::Deaf => {
+            // Without being asked it tells of a reset and of an end of both sides (poll(2)).
+            let mut end = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+            poll(&mut end, PollTimeout::NONE)?;
+            done
         }
         Behaviour::Name => {
             stream.write_all(format!("{name}\n").as_bytes())?;

@@ -13,6 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::cgroup::MemoryGroup;
 use crate::net::{self, Host, Net};
 use crate::process::{self, Process, Spawn};
 
@@ -101,7 +102,7 @@ impl Lab {
         name: &str,
         edit: impl FnOnce(&mut Value),
     ) -> Result<Agent> {
-        Agent::start(self, server, name, edit)
+        Agent::start(self, server, name, None, edit)
     }
 
     /// Starts the stand-in kubelet of a host, on 10250 and with metrics on 9100; it calls itself as the host is called.
@@ -190,6 +191,25 @@ impl Lab {
     /// When one of them does not come up.
     pub fn small(&self) -> Result<Small> {
         self.small_with(|_| {}, |_| {})
+    }
+
+    /// Starts it with an agent that has so much memory, and its configuration changed.
+    ///
+    /// # Errors
+    /// When one of them does not come up.
+    pub fn small_within(
+        &self,
+        group: &MemoryGroup,
+        agent: impl FnOnce(&mut Value),
+    ) -> Result<Small> {
+        let kubelet = self.kubelet("edge1")?;
+        let server = self.server(|_| {})?;
+        let agent = Agent::start(self, &server, "edge1", Some(group), agent)?;
+        Ok(Small {
+            agent,
+            kubelet,
+            server,
+        })
     }
 
     /// Starts it with the configurations of server and agent changed.

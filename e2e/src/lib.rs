@@ -1,5 +1,6 @@
 //! e2e
 
+pub mod cgroup;
 pub mod client;
 pub mod cluster;
 pub mod konnectivity;

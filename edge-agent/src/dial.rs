@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::Reason;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::is_out_of_files;
@@ -70,12 +70,14 @@ fn of_error(error: &io::Error) -> Reason {
     }
 }
 
-/// Dials the addresses in order until one answers. Each may take its share of what is left of the time.
+/// Dials the addresses in order until one answers. Each may take its share of what is left of the time. `buffer` is asked
+/// of the kernel for each way.
 ///
 /// # Errors
 /// That of the last address; running out of descriptors ends it at once.
 pub(crate) async fn dial(
     targets: &[SocketAddr],
+    buffer: u32,
     deadline: Instant,
 ) -> Result<(TcpStream, SocketAddr), DialError> {
     let mut last = DialError::Nothing;
@@ -83,7 +85,7 @@ pub(crate) async fn dial(
         let now = Instant::now();
         let left = u32::try_from(targets.len().saturating_sub(tried)).unwrap_or(u32::MAX);
         let share = (deadline.saturating_duration_since(now) / left.max(1)).max(LEAST);
-        match connect(*address, deadline.min(now + share)).await {
+        match connect(*address, buffer, deadline.min(now + share)).await {
             Ok(stream) => return Ok((stream, *address)),
             Err(error) => last = error,
         }
@@ -94,12 +96,25 @@ pub(crate) async fn dial(
     Err(last)
 }
 
-async fn connect(address: SocketAddr, deadline: Instant) -> Result<TcpStream, DialError> {
+async fn connect(
+    address: SocketAddr,
+    buffer: u32,
+    deadline: Instant,
+) -> Result<TcpStream, DialError> {
+    let failed = |source| DialError::Connect { address, source };
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let socket = socket.map_err(failed)?;
+    // Before the handshake, which tells how large a window can become. Without them the stream costs more memory.
+    socket.set_recv_buffer_size(buffer).ok();
+    socket.set_send_buffer_size(buffer).ok();
     #[expect(clippy::disallowed_methods, reason = "this is where the agent dials")]
-    let connected = timeout_at(deadline, TcpStream::connect(address)).await;
+    let connected = timeout_at(deadline, socket.connect(address)).await;
     let stream = connected
         .map_err(|_elapsed| DialError::Timeout { address })?
-        .map_err(|source| DialError::Connect { address, source })?;
+        .map_err(failed)?;
     // Without either the stream only does worse: a small write waits, or a dead destination stays.
     stream.set_nodelay(true).ok();
     SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE).ok();
@@ -118,6 +133,8 @@ mod tests {
 
     use super::*;
 
+    const BUFFER: u32 = 64 << 10;
+
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(30)
     }
@@ -135,11 +152,26 @@ mod tests {
         let closed = closed_port().await;
         let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = open.local_addr().unwrap();
-        let (_stream, dialled) = dial(&[closed, address], soon()).await.unwrap();
+        let (_stream, dialled) = dial(&[closed, address], BUFFER, soon()).await.unwrap();
         assert_eq!(dialled, address);
-        let refused = dial(&[closed], soon()).await.unwrap_err();
+        let refused = dial(&[closed], BUFFER, soon()).await.unwrap_err();
         assert_eq!(refused.reason(), Reason::DialRefused);
         assert_eq!(refused.to_string(), format!("dial {closed}"));
+    }
+
+    #[tokio::test]
+    async fn the_kernel_may_hold_little_of_a_stream() {
+        for local in ["127.0.0.1:0", "[::1]:0"] {
+            let open = TcpListener::bind(local).await.unwrap();
+            let (stream, _) = dial(&[open.local_addr().unwrap()], BUFFER, soon())
+                .await
+                .unwrap();
+            let socket = SockRef::from(&stream);
+            // Doubled by the kernel (socket(7)).
+            let most = 2 * usize::try_from(BUFFER).unwrap();
+            assert!(socket.recv_buffer_size().unwrap() <= most);
+            assert!(socket.send_buffer_size().unwrap() <= most);
+        }
     }
 
     #[tokio::test]
@@ -155,7 +187,7 @@ mod tests {
         let near = || Instant::now() + Duration::from_millis(300);
         let mut kept = Vec::new();
         let hung = loop {
-            match dial(&[address], near()).await {
+            match dial(&[address], BUFFER, near()).await {
                 Ok(connected) => kept.push(connected),
                 Err(error) => break error,
             }

@@ -134,7 +134,7 @@ async fn reach(
             "the agent's open files are near their limit".to_owned(),
         )
     })?;
-    let (stream, address) = dial(&targets, started + limit)
+    let (stream, address) = dial(&targets, serving.budget.socket_buffer(), started + limit)
         .await
         .map_err(|error| (error.reason(), chain(&error).to_string()))?;
     record.dialled(address, started);
@@ -191,6 +191,8 @@ async fn run<S: SendHalf, R: RecvHalf>(
     let settings = Relay {
         local: Local::Destination,
         budget: serving.budget.clone(),
+        // The kernel keeps twice what it is asked for (socket(7)).
+        local_buffer: 2 * serving.budget.socket_buffer(),
         half_open: serving.timeouts.half_open,
         counters: record.counters(),
     };

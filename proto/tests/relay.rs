@@ -18,6 +18,7 @@ fn settings(budget: u64) -> Relay {
     Relay {
         local: Local::Destination,
         budget: Budget::new(budget),
+        local_buffer: 0,
         half_open: HALF_OPEN,
         counters: Arc::new(Counters::default()),
     }

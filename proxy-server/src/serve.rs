@@ -294,6 +294,7 @@ impl Opened {
         let settings = Relay {
             local: Local::Requester,
             budget: forwarder.budget.clone(),
+            local_buffer: 0,
             half_open: forwarder.timeouts.half_open,
             counters: Arc::clone(&record.counters),
         };

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::{
     Host, Lab, Process, Result, SERVER, START, Server, Spawn, Value, binary, ensure, json,
 };
+use crate::cgroup::MemoryGroup;
 
 /// A running edge-agent.
 #[derive(Debug)]
@@ -22,6 +23,7 @@ impl Agent {
         lab: &Lab,
         server: &Server,
         name: &str,
+        within: Option<&MemoryGroup>,
         edit: impl FnOnce(&mut Value),
     ) -> Result<Self> {
         let dir = lab.dir().to_owned();
@@ -40,7 +42,7 @@ impl Agent {
         edit(&mut config);
         let config = lab.config(name, &config)?;
         let host = lab.host(name)?;
-        let process = run(&host, name, &config, &dir)?;
+        let process = run(&host, name, within, &config, &dir)?;
         server.wait_session(name, START)?;
         Ok(Self {
             process,
@@ -63,13 +65,24 @@ impl Agent {
     /// When it still runs.
     pub fn start_again(&mut self) -> Result<()> {
         ensure!(self.process.exited()?.is_some(), "the agent still runs");
-        self.process = run(&self.host, &self.name, &self.config, &self.dir)?;
+        self.process = run(&self.host, &self.name, None, &self.config, &self.dir)?;
         Ok(())
     }
 }
 
-fn run(host: &Host, name: &str, config: &Path, logs: &Path) -> Result<Process> {
-    Spawn::new(&format!("agent-{name}"), binary("edge-agent")?)
+fn run(
+    host: &Host,
+    name: &str,
+    within: Option<&MemoryGroup>,
+    config: &Path,
+    logs: &Path,
+) -> Result<Process> {
+    let (log, program) = (format!("agent-{name}"), binary("edge-agent")?);
+    let agent = match within {
+        Some(group) => group.spawn(&log, &program),
+        None => Spawn::new(&log, program),
+    };
+    agent
         .args(["run", "--config"])
         .arg(config)
         .host(host)

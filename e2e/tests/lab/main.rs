@@ -17,6 +17,7 @@ mod intercept;
 mod konnectivity;
 mod line;
 mod load;
+mod memory;
 mod outage;
 mod peers;
 mod redirect;

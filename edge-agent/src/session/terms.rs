@@ -17,6 +17,7 @@ const SOFTWARE: &str = concat!("edge-agent ", env!("CARGO_PKG_VERSION"));
 pub(crate) fn tuning(config: &Config, budget: &Budget) -> Tuning {
     Tuning {
         stream_window: budget.stream_window(),
+        send_window: budget.send_window(),
         max_streams: MAX_STREAMS,
         idle_timeout: Keepalive::default().idle_timeout,
         congestion: config.congestion,

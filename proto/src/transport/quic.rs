@@ -26,8 +26,8 @@ use crate::transport::{Session, SessionError, SessionStats, Shared};
 pub struct QuicSession {
     connection: quinn::Connection,
     ledger: Arc<Ledger>,
-    /// The agent's own socket, to bind anew when the line is silent.
-    endpoint: Option<quinn::Endpoint>,
+    /// The agent's own socket, to bind anew when the line is silent, and its buffer.
+    endpoint: Option<(quinn::Endpoint, u32)>,
 }
 
 /// Keeps the session's credit above the sum of its open streams' windows, and remembers how it was closed.
@@ -113,7 +113,7 @@ impl QuicSession {
     fn new(
         connection: quinn::Connection,
         stream_window: u32,
-        own: Option<quinn::Endpoint>,
+        own: Option<(quinn::Endpoint, u32)>,
     ) -> Self {
         let ledger = Arc::new(Ledger {
             connection: connection.clone(),
@@ -141,7 +141,7 @@ impl QuicSession {
 
     /// Waits until a close has left, or `most` is over. A server's sessions share an endpoint and are flushed there.
     pub async fn flush(&self, most: Duration) {
-        if let Some(endpoint) = &self.endpoint {
+        if let Some((endpoint, _)) = &self.endpoint {
             tokio::time::timeout(most, endpoint.wait_idle()).await.ok(); // a peer that is gone can't be waited for
         }
     }
@@ -189,12 +189,12 @@ impl Session for QuicSession {
     }
 
     fn nudge(&self) {
-        let Some(endpoint) = &self.endpoint else {
+        let Some((endpoint, buffer)) = &self.endpoint else {
             return;
         };
         headroom::for_probe(&self.connection);
         // A new local port makes quinn send a probe at once; the old port's mapping in a NAT may be what is broken.
-        if let Err(error) = endpoint::rebind(endpoint) {
+        if let Err(error) = endpoint::rebind(endpoint, *buffer) {
             tracing::debug!(%error, "could not bind a new local port");
         }
     }

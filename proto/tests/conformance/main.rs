@@ -80,6 +80,7 @@ impl Quic {
             .with_no_client_auth();
         let tuning = Tuning {
             stream_window,
+            send_window: 4 << 20,
             max_streams: STREAMS,
             idle_timeout: idle,
             congestion: Congestion::Cubic,

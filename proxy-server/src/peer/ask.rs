@@ -179,6 +179,7 @@ async fn run(
     let settings = Relay {
         local: Local::Requester,
         budget: forwarder.budget.clone(),
+        local_buffer: 0,
         half_open: forwarder.timeouts.half_open,
         counters: Arc::clone(&record.counters),
     };

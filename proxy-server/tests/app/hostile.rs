@@ -44,6 +44,7 @@ fn server_own(of: &Stack, name: &str) -> Own {
 fn tuning() -> Tuning {
     Tuning {
         stream_window: 1 << 16,
+        send_window: 4 << 20,
         max_streams: 256,
         idle_timeout: DEADLINE,
         congestion: Congestion::Cubic,

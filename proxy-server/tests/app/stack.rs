@@ -466,6 +466,7 @@ pub(crate) async fn bare_session(
     let tls = certs::tunnel_client_quic(own).unwrap();
     let tuning = Tuning {
         stream_window: 1 << 16,
+        send_window: 4 << 20,
         max_streams: 16,
         idle_timeout: DEADLINE,
         congestion: Congestion::Cubic,

@@ -93,6 +93,7 @@ async fn session(
     let own = agent(issuer, name)?;
     let tuning = Tuning {
         stream_window: 640 << 10,
+        send_window: 4 << 20,
         max_streams: 8,
         idle_timeout: Duration::from_secs(120),
         congestion: Congestion::Cubic,

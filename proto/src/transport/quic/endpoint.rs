@@ -13,14 +13,11 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::QuicSession;
 use super::headroom::HeadroomFactory;
+use crate::budget::MAX_SEND_WINDOW;
 use crate::transport::{SessionError, quic};
 
-/// Asked of the kernel for each UDP socket: the default of 208 KiB loses packets in bursts.
-const SOCKET_BUFFER: usize = 4 << 20;
 /// A server's streams are opened by the server itself, so agents may open few: state is allocated for each permitted one.
 const SERVER_ACCEPTS: u32 = 16;
-/// Bytes sent and not yet acknowledged, a connection: a 100 Mbit/s line of 300 ms.
-const SEND_WINDOW: u64 = 4 << 20;
 
 /// How a sender finds its rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -37,6 +34,9 @@ pub enum Congestion {
 pub struct Tuning {
     /// Receive window of each stream, bytes.
     pub stream_window: u32,
+    /// Bytes sent and not yet acknowledged, a connection, and what is asked of the kernel for each UDP socket: its default
+    /// of 208 KiB loses packets in bursts.
+    pub send_window: u32,
     /// Streams the peer may have open at once.
     pub max_streams: u32,
     /// Silence after which a connection is lost.
@@ -51,6 +51,7 @@ impl Tuning {
     pub const fn server(stream_window: u32, idle_timeout: Duration) -> Self {
         Self {
             stream_window,
+            send_window: MAX_SEND_WINDOW,
             max_streams: SERVER_ACCEPTS,
             idle_timeout,
             congestion: Congestion::Cubic,
@@ -66,7 +67,7 @@ impl Tuning {
             .max_idle_timeout(Some(idle))
             .stream_receive_window(self.stream_window.into())
             .receive_window(self.stream_window.into())
-            .send_window(SEND_WINDOW)
+            .send_window(self.send_window.into())
             .datagram_receive_buffer_size(None);
         match self.congestion {
             Congestion::Cubic => config.congestion_controller_factory(Arc::new(HeadroomFactory(
@@ -109,7 +110,8 @@ pub enum QuicError {
     },
 }
 
-fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
+fn socket(address: SocketAddr, buffer: u32) -> io::Result<UdpSocket> {
+    let wanted = usize::try_from(buffer).unwrap_or(usize::MAX);
     let socket = Socket::new(
         Domain::for_address(address),
         Type::DGRAM,
@@ -123,14 +125,14 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
     socket.bind(&address.into())?;
     let socket = UdpSocket::from(socket);
     let buffers = SockRef::from(&socket);
-    buffers.set_recv_buffer_size(SOCKET_BUFFER)?;
-    buffers.set_send_buffer_size(SOCKET_BUFFER)?;
+    buffers.set_recv_buffer_size(wanted)?;
+    buffers.set_send_buffer_size(wanted)?;
     let granted = buffers.recv_buffer_size()?;
     // Linux reports twice what it grants for payload.
-    if granted < SOCKET_BUFFER {
+    if granted < wanted {
         tracing::debug!(
             granted,
-            wanted = SOCKET_BUFFER,
+            wanted,
             "small UDP buffers: raise net.core.rmem_max"
         );
     }
@@ -153,9 +155,9 @@ fn endpoint_config(secret: &[u8; 32]) -> quinn::EndpointConfig {
 }
 
 /// Binds a new local port of the same family.
-pub(super) fn rebind(endpoint: &quinn::Endpoint) -> io::Result<()> {
+pub(super) fn rebind(endpoint: &quinn::Endpoint, buffer: u32) -> io::Result<()> {
     let any = SocketAddr::new(endpoint.local_addr()?.ip(), 0);
-    endpoint.rebind(socket(any)?)
+    endpoint.rebind(socket(any, buffer)?)
 }
 
 /// A UDP socket that speaks QUIC. Clones are handles to the same one.
@@ -182,7 +184,7 @@ impl Endpoint {
         let mut config = quinn::ServerConfig::with_crypto(tls);
         config.transport_config(Arc::new(tuning.transport()));
         let bind = |source| QuicError::Bind { address, source };
-        let socket = socket(address).map_err(bind)?;
+        let socket = socket(address, tuning.send_window).map_err(bind)?;
         let inner = quinn::Endpoint::new(
             endpoint_config(secret),
             Some(config),
@@ -221,7 +223,7 @@ impl Endpoint {
             address: local,
             source,
         };
-        let socket = socket(local).map_err(bind)?;
+        let socket = socket(local, tuning.send_window).map_err(bind)?;
         let endpoint = quinn::Endpoint::new(
             quinn::EndpointConfig::default(),
             None,
@@ -240,7 +242,7 @@ impl Endpoint {
         Ok(QuicSession::new(
             connection,
             tuning.stream_window,
-            Some(endpoint),
+            Some((endpoint, tuning.send_window)),
         ))
     }
 
