@@ -395,6 +395,11 @@ impl Bound {
             if let Some(pods) = watch.cluster.pods() {
                 for_ever(&service, "pods", pods.follow(watch.source.clone()));
             }
+            if let Some(services) = watch.cluster.services() {
+                let slices = Arc::clone(&services).follow_slices(watch.source.clone());
+                for_ever(&service, "services", services.follow(watch.source.clone()));
+                for_ever(&service, "endpoints", slices);
+            }
             for_ever(&service, "cluster", watch.run());
         }
         if let Some(publisher) = self.publisher {

@@ -1,7 +1,7 @@
 //! What the cluster knows of its nodes, and how fresh that is. The only place that asks Kubernetes anything.
 //!
-//! The nodes are read in pages, then watched; each change makes a new [`ClusterTable`], which routing reads. So are pods, where
-//! they are destinations (`pods.rs`). Without the `kubernetes:` section nothing here runs and the table is empty.
+//! The nodes are read in pages, then watched; each change makes a new [`ClusterTable`], which routing reads. So are pods and Services,
+//! where they are destinations (`pods.rs`, `services.rs`). Without the `kubernetes:` section nothing here runs and the table is empty.
 //!
 //! | state | from it by | routes |
 //! | --- | --- | --- |
@@ -35,6 +35,7 @@ mod pace;
 mod plan;
 mod pods;
 mod questions;
+mod services;
 mod standing;
 mod table;
 mod tokens;
@@ -54,6 +55,7 @@ use nodes::Nodes;
 use parking_lot::Mutex;
 use pods::Pods;
 pub(crate) use questions::Questions;
+use services::Services;
 pub(crate) use standing::{Standing, Verdict};
 pub use table::ClusterTable;
 use table::Reach;
@@ -109,6 +111,7 @@ impl Cluster {
         cluster.freshness.lock().configured = true;
         cluster.reach = settings.pods.as_ref().map(|pods| Reach {
             pods: Arc::default(),
+            services: settings.services.as_ref().map(|_on| Arc::default()),
             domain: pods.cluster_domain.clone(),
             pools: settings.pod_networks(),
         });
@@ -125,6 +128,11 @@ impl Cluster {
     /// What is known of pods, to be followed; `None` where they are no destinations.
     pub(crate) fn pods(&self) -> Option<Arc<Pods>> {
         self.reach.as_ref().map(|reach| Arc::clone(&reach.pods))
+    }
+
+    /// What is known of Services, to be followed; `None` where they are no destinations.
+    pub(crate) fn services(&self) -> Option<Arc<Services>> {
+        self.reach.as_ref()?.services.clone()
     }
 
     /// The nodes now.

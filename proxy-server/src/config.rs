@@ -26,7 +26,7 @@ pub use dns::{Dns, LeaseTimes, ObjectName};
 pub use enrol::Enrol;
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
-pub use kubernetes::{Kubernetes, NAMESPACE, Pods, Pool, Selector};
+pub use kubernetes::{Kubernetes, NAMESPACE, Pods, Pool, Selector, Services};
 pub use peers::Peers;
 use proto::AgentName;
 use serde::Deserialize;

@@ -8,6 +8,7 @@
 //! | name in `routes` | that entry's agent; it dials the entry's address, if it has one and is another machine |
 //! | address in `routes`, the most specific entry first | its agent; two agents at the same length: refused, both named |
 //! | name or address of a node of the cluster | [`ClusterTable`]; what a kubelet calls itself is not believed if it is the name of an agent that does not serve it |
+//! | name or address of a pod or a Service | [`ClusterTable`]; an `ExternalName` begins here again with that name, once |
 //! | name of a known agent (it enrolled, or has or had a session) | that agent: an edge outside the cluster |
 //! | anything else | not at the edge: the frontend's own default |
 
@@ -48,6 +49,32 @@ impl Route {
         match self {
             Self::Edge { to, .. } | Self::Elsewhere(to) => to,
         }
+    }
+}
+
+/// What is known of an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// There is none of that name, for all that is known.
+    Unknown,
+    /// There is, and it can't be reached now.
+    Absent,
+    /// It has a session, here or at another server.
+    Present,
+}
+
+impl Presence {
+    /// Whether there is one.
+    #[must_use]
+    pub fn is_known(self) -> bool {
+        self != Self::Unknown
+    }
+}
+
+impl From<bool> for Presence {
+    /// Where only names matter.
+    fn from(known: bool) -> Self {
+        if known { Self::Present } else { Self::Unknown }
     }
 }
 
@@ -93,23 +120,36 @@ impl RouteTable {
         table
     }
 
-    /// Routes a destination; `known` says whether there is an agent of that name.
+    /// Routes a destination; `presence` says what is known of the agent of a name.
     ///
     /// # Errors
-    /// [`Reason::AmbiguousDestination`], never a guess.
-    pub fn route(
+    /// [`Reason::AmbiguousDestination`], never a guess; [`Reason::UnknownDestination`] and [`Reason::DialUnreachable`] for
+    /// names and addresses of pods and Services that lead nowhere.
+    pub fn route<P: Into<Presence>>(
         &self,
         destination: &Destination,
         cluster: &ClusterTable,
-        known: impl Fn(&AgentName) -> bool,
+        presence: impl Fn(&AgentName) -> P,
     ) -> Result<Route, Refusal> {
-        let configured = match &destination.host {
+        if let Some(route) = self.configured(destination) {
+            return route;
+        }
+        let Some(other) = cluster.external_name(&destination.host) else {
+            return unconfigured(destination, cluster, presence);
+        };
+        let destination = Destination {
+            host: other?,
+            port: destination.port,
+        };
+        self.configured(&destination)
+            .unwrap_or_else(|| unconfigured(&destination, cluster, presence))
+    }
+
+    fn configured(&self, destination: &Destination) -> Option<Result<Route, Refusal>> {
+        match &destination.host {
             Host::Name(name) => self.by_name(name, destination.port).map(Ok),
             Host::Ip(ip) => self.by_address(*ip, destination),
-        };
-        configured
-            .or_else(|| cluster.route(destination, &known))
-            .unwrap_or_else(|| Ok(by_agent(destination, known)))
+        }
     }
 
     /// Names of configured nodes.
@@ -169,6 +209,18 @@ impl RouteTable {
             sentence: format!("address {ip} is that of nodes {names}: ask by node name"),
         }))
     }
+}
+
+fn unconfigured<P: Into<Presence>>(
+    destination: &Destination,
+    cluster: &ClusterTable,
+    presence: impl Fn(&AgentName) -> P,
+) -> Result<Route, Refusal> {
+    cluster.route(destination, &presence).unwrap_or_else(|| {
+        Ok(by_agent(destination, |agent| {
+            presence(agent).into().is_known()
+        }))
+    })
 }
 
 fn by_agent(destination: &Destination, known: impl Fn(&AgentName) -> bool) -> Route {

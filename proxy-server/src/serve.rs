@@ -43,7 +43,7 @@ use crate::path::direct;
 use crate::peer::Peers;
 use crate::record::{Outcome, Path, StreamRecord};
 use crate::registry::Registry;
-use crate::route::{Route, RouteTable};
+use crate::route::{Presence, Route, RouteTable};
 
 /// What changes while the server runs.
 #[derive(Debug, Default)]
@@ -174,9 +174,19 @@ impl Forwarder {
     /// # Errors
     /// As [`RouteTable::route`].
     pub fn route(&self, destination: &Destination) -> Result<Route, Refusal> {
-        let known = |agent: &AgentName| self.knows(agent);
+        let presence = |agent: &AgentName| self.presence(agent);
         let (table, cluster) = (self.routing.table.load(), self.routing.cluster.table());
-        table.route(destination, &cluster, known)
+        table.route(destination, &cluster, presence)
+    }
+
+    fn presence(&self, agent: &AgentName) -> Presence {
+        if self.registry.pick(agent).is_ok() || !self.peers.with_session_of(agent).is_empty() {
+            Presence::Present
+        } else if self.knows(agent) {
+            Presence::Absent
+        } else {
+            Presence::Unknown
+        }
     }
 
     /// Whether there is such an agent: it enrolled here, or has or had a session, here or at another server.

@@ -179,6 +179,12 @@ pub(crate) enum Found {
 }
 
 impl Pods {
+    /// The pod of that key, `NAMESPACE/NAME`.
+    pub(crate) fn called(&self, key: &str) -> Option<Arc<Pod>> {
+        let found = self.0.read().pods.get(key).cloned();
+        found.filter(|pod| pod.is_there())
+    }
+
     /// Whose address that is.
     pub(crate) fn at(&self, ip: IpAddr) -> Vec<Arc<Pod>> {
         self.0.read().at(ip)
@@ -263,7 +269,7 @@ fn parts<'a>(name: &'a str, domain: &str) -> Option<(&'a str, &'a str)> {
 }
 
 /// The address that cluster DNS writes with dashes.
-fn dashed(name: &str) -> Option<IpAddr> {
+pub(super) fn dashed(name: &str) -> Option<IpAddr> {
     let v4 = name.replace('-', ".").parse::<std::net::Ipv4Addr>();
     v4.map(IpAddr::V4)
         .or_else(|_no_v4| name.replace('-', ":").parse())

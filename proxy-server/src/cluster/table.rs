@@ -7,13 +7,14 @@
 //! | address of one node | as its name, dialled as it was asked for |
 //! | name or address that several nodes claim, one at the edge among them | refused, all named; unless one agent serves all of them |
 //! | name or address that nodes claim, none at the edge | not at the edge |
+//! | name, address or NodePort of a Service ([`services`]) | its endpoint; ClusterIPs before what kubelets claim |
 //! | name or address of a pod ([`pods`](super::pods)) | the agent of its node; an address that is another pod's or a node's as well, one at the edge among them: refused, all named |
 //! | address in the configured networks of a pool's pods | the agent of the most specific one; two agents at the same length: refused, both named |
 //! | address in `podCIDRs` of nodes | as an address that those nodes claim |
 //! | anything else | not known here |
 //!
-//! The three rows before the last only with `kubernetes.pods`. What a kubelet writes counts for no more than it must: networks wider than
-//! one node has are left out.
+//! Services only with `kubernetes.services`, and the three rows after it with `kubernetes.pods`. What a kubelet writes counts
+//! for no more than it must: networks wider than one node has are left out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Display;
@@ -26,8 +27,12 @@ use proto::{AgentName, Destination, Host, Reason};
 
 use super::nodes::{Node, Nodes};
 use super::pods::{Found, Pod, Pods};
+use super::services::Services;
 use crate::error::Refusal;
-use crate::route::{Route, RouteTable};
+use crate::route::{Presence, Route, RouteTable};
+
+mod endpoints;
+mod services;
 
 /// So many of the nodes that share an address are named; the rest is counted.
 const NAMED: usize = 5;
@@ -38,11 +43,16 @@ const WIDEST: (u8, u8) = (16, 48);
 #[derive(Debug, Clone)]
 pub(crate) struct Reach {
     pub(crate) pods: Arc<Pods>,
+    /// Services, where they are destinations, too.
+    pub(crate) services: Option<Arc<Services>>,
     /// The cluster's domain, `cluster.local`.
     pub(crate) domain: String,
     /// Configured networks of the pods of whole pools.
     pub(crate) pools: RouteTable,
 }
+
+/// What is known of the agent of a name.
+type Ask<'a> = &'a dyn Fn(&AgentName) -> Presence;
 
 /// The nodes of one moment, and who claims which name and address.
 #[derive(Debug, Default)]
@@ -119,21 +129,25 @@ impl ClusterTable {
         self.nodes.get(name).is_some_and(|node| node.uid == uid)
     }
 
-    /// Routes a destination; `None` if no node has anything to do with it. `known` says whether there is an agent of
-    /// that name.
+    /// Routes a destination; `None` if nothing of the cluster has anything to do with it. `presence` says what is known of
+    /// the agent of a name.
     ///
     /// # Errors
     /// [`Reason::AmbiguousDestination`], never a guess.
-    pub fn route(
+    pub fn route<P: Into<Presence>>(
         &self,
         destination: &Destination,
-        known: impl Fn(&AgentName) -> bool,
+        presence: impl Fn(&AgentName) -> P,
     ) -> Option<Result<Route, Refusal>> {
+        let presence: Ask<'_> = &|agent| presence(agent).into();
+        let known = |agent: &AgentName| presence(agent).is_known();
         match &destination.host {
             Host::Name(name) => {
                 if let Some(node) = self.nodes.get(name) {
                     let to = aim(destination, node.dialled(name));
-                    return Some(Ok(towards(node, destination, to, None, known)));
+                    return self
+                        .by_node_port(node, destination, presence)
+                        .or_else(|| Some(Ok(towards(node, destination, to, None, known))));
                 }
                 if let Some(claims) = self.aliases.get(name) {
                     // Its certificate says whose name that is; a kubelet only says so.
@@ -154,28 +168,53 @@ impl ClusterTable {
                         Some(self.of_pods(&found, &[], format_args!("name {name}"), to, known))
                     }
                     Found::Missing(refusal) => Some(Err(refusal)),
-                    Found::Nothing => None,
+                    Found::Nothing => self.by_service_name(name, destination, presence),
                 }
             }
-            Host::Ip(ip) => {
-                let what = format_args!("address {ip}");
-                let nodes = self.addresses.get(ip).map_or(&[][..], Vec::as_slice);
-                let pods = self.reach.as_ref().map(|reach| reach.pods.at(*ip));
-                match pods {
-                    Some(pods) if !pods.is_empty() => {
-                        let to = |_: &Pod, _: &Node| destination.clone();
-                        Some(self.of_pods(&pods, nodes, what, to, known))
-                    }
-                    Some(_) | None if !nodes.is_empty() => Some(one_of(
-                        nodes,
-                        destination,
-                        "address",
-                        |_| destination.clone(),
-                        known,
-                    )),
-                    Some(_) | None => self.of_network(*ip, destination, known),
-                }
+            Host::Ip(ip) => self
+                .by_cluster_ip(*ip, destination, presence)
+                .or_else(|| self.by_port_of_node(*ip, destination, presence))
+                .or_else(|| self.by_address(*ip, destination, known))
+                .or_else(|| self.by_balancer(*ip, destination, presence))
+                .or_else(|| self.of_network(*ip, destination, known)),
+        }
+    }
+
+    /// Routes to a Service by a port of the one node that has that address.
+    fn by_port_of_node(
+        &self,
+        ip: IpAddr,
+        destination: &Destination,
+        presence: Ask<'_>,
+    ) -> Option<Result<Route, Refusal>> {
+        let [node] = self.addresses.get(&ip)?.as_slice() else {
+            return None;
+        };
+        let is_a_pods = !self.reach.as_ref()?.pods.at(ip).is_empty();
+        (!is_a_pods)
+            .then(|| self.by_node_port(node, destination, presence))
+            .flatten()
+    }
+
+    /// Routes by an address that pods or nodes have.
+    fn by_address(
+        &self,
+        ip: IpAddr,
+        destination: &Destination,
+        known: impl Fn(&AgentName) -> bool,
+    ) -> Option<Result<Route, Refusal>> {
+        let nodes = self.addresses.get(&ip).map_or(&[][..], Vec::as_slice);
+        let pods = self.reach.as_ref().map(|reach| reach.pods.at(ip));
+        let to = |_: &Pod, _: &Node| destination.clone();
+        match pods {
+            Some(pods) if !pods.is_empty() => {
+                Some(self.of_pods(&pods, nodes, format_args!("address {ip}"), to, known))
             }
+            Some(_) | None if !nodes.is_empty() => {
+                let to = |_: &Node| destination.clone();
+                Some(one_of(nodes, destination, "address", to, known))
+            }
+            Some(_) | None => None,
         }
     }
 
@@ -544,6 +583,7 @@ mod tests {
             nodes,
             Some(Reach {
                 pods,
+                services: None,
                 domain,
                 pools: settings.pod_networks(),
             }),

@@ -41,7 +41,14 @@ pub struct Kubernetes {
     pub authority: Option<Authority>,
     /// Pods are destinations, by address and by name; without this section they are not.
     pub pods: Option<Pods>,
+    /// Services are destinations, too; without this section they are not.
+    pub services: Option<Services>,
 }
+
+/// Services as destinations.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Services {}
 
 /// Pods as destinations.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -84,6 +91,7 @@ impl Default for Kubernetes {
             enrol: None,
             authority: None,
             pods: None,
+            services: None,
         }
     }
 }
@@ -202,6 +210,11 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
         "kubernetes",
         "say either kubeconfig: FILE or inCluster: true",
     );
+    problems.check(
+        kubernetes.services.is_none() || kubernetes.pods.is_some(),
+        "kubernetes.services",
+        "Services lead to pods: say pods: {}, too",
+    );
     if let Some(enrol) = &kubernetes.enrol {
         enrol.check(problems);
     }
@@ -249,6 +262,21 @@ pub(super) mod tests {
         match problems.into_result(file) {
             Ok(()) => String::new(),
             Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn services_lead_to_pods_so_both_are_wanted() {
+        for (more, wanted) in [
+            ("", ""),
+            ("pods: {}", ""),
+            ("pods: {}\nservices: {}", ""),
+            ("services: {}", "Services lead to pods: say pods: {}, too"),
+            ("pods: {}\nservices: {all: true}", "unknown field"),
+        ] {
+            let told = problems(&format!("inCluster: true\n{more}"));
+            assert_eq!(told.is_empty(), wanted.is_empty(), "{more}: {told}");
+            assert!(told.contains(wanted), "{more}: {told}");
         }
     }
 

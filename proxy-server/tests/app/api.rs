@@ -62,6 +62,8 @@ struct State {
     slices: List,
     /// Pods of all namespaces.
     pods: List,
+    /// Services of all namespaces.
+    services: List,
     mood: Mood,
     /// Requests for nodes, as `list`, `list+` (a further page), `node` (of that name) and `watch`; and `tokenreview`.
     seen: Vec<&'static str>,
@@ -87,6 +89,7 @@ enum Kind {
     Nodes,
     Slices,
     Pods,
+    Services,
 }
 
 impl Kind {
@@ -95,6 +98,7 @@ impl Kind {
         match path {
             "/api/v1/nodes" => Some(Self::Nodes),
             "/api/v1/pods" => Some(Self::Pods),
+            "/api/v1/services" => Some(Self::Services),
             path if path.ends_with("/endpointslices") => Some(Self::Slices),
             _ => None,
         }
@@ -105,12 +109,13 @@ impl Kind {
             Self::Nodes => "Node",
             Self::Slices => "EndpointSlice",
             Self::Pods => "Pod",
+            Self::Services => "Service",
         }
     }
 
     const fn version(self) -> &'static str {
         match self {
-            Self::Nodes | Self::Pods => "v1",
+            Self::Nodes | Self::Pods | Self::Services => "v1",
             Self::Slices => "discovery.k8s.io/v1",
         }
     }
@@ -133,6 +138,7 @@ impl Api {
             nodes: List::default(),
             slices: List::default(),
             pods: List::default(),
+            services: List::default(),
             mood: Mood::Well,
             seen: Vec::new(),
             objects: Objects::new(),
@@ -257,6 +263,14 @@ impl Api {
         self.changed.send_replace(());
     }
 
+    /// Creates or changes a Service.
+    pub(crate) fn put_service(&self, service: Value) {
+        let mut state = self.state.lock();
+        state.put(Kind::Services, service);
+        drop(state);
+        self.changed.send_replace(());
+    }
+
     /// As [`Api::put`], but watches are not told until something else happens.
     pub(crate) fn put_quietly(&self, node: Value) {
         self.state.lock().put(Kind::Nodes, node);
@@ -283,6 +297,10 @@ impl Api {
         self.delete_of(Kind::Pods, name);
     }
 
+    pub(crate) fn delete_service(&self, name: &str) {
+        self.delete_of(Kind::Services, name);
+    }
+
     fn delete_of(&self, kind: Kind, name: &str) {
         let mut state = self.state.lock();
         state.version += 1;
@@ -303,6 +321,7 @@ impl Api {
         state.nodes.log.clear();
         state.slices.log.clear();
         state.pods.log.clear();
+        state.services.log.clear();
         drop(state);
         self.changed.send_replace(());
     }
@@ -342,6 +361,7 @@ impl State {
             Kind::Nodes => &mut self.nodes,
             Kind::Slices => &mut self.slices,
             Kind::Pods => &mut self.pods,
+            Kind::Services => &mut self.services,
         }
     }
 
@@ -379,9 +399,14 @@ fn answer(
     let named = query
         .get("fieldSelector")
         .map(|selector| selector.strip_prefix("metadata.name%3D").unwrap());
+    let everywhere = !request.uri().path().contains("/namespaces/");
     let mut locked = state.lock();
     let seen = match (kind, watches, query.contains_key("continue")) {
+        (Kind::Slices, true, _) if everywhere => "watch all slices",
+        (Kind::Slices, false, _) if everywhere => "all slices",
         (Kind::Slices, ..) => "slices",
+        (Kind::Services, true, _) => "watch services",
+        (Kind::Services, false, _) => "services",
         (Kind::Pods, true, _) => "watch pods",
         (Kind::Pods, false, _) => "pods",
         (Kind::Nodes, true, _) => "watch",
@@ -390,7 +415,7 @@ fn answer(
         (Kind::Nodes, false, false) => "list",
     };
     locked.seen.push(seen);
-    if kind == Kind::Slices {
+    if kind == Kind::Slices && !everywhere {
         let path = "/apis/discovery.k8s.io/v1/namespaces/corvid/endpointslices";
         assert_eq!(request.uri().path(), path);
         assert_eq!(

@@ -26,6 +26,7 @@ mod peers;
 mod pods;
 mod rotation;
 mod scrape;
+mod services;
 mod stack;
 mod standing;
 mod tls;

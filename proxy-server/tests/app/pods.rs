@@ -11,7 +11,7 @@ use crate::stack::{allow, eventually, shouter, within};
 const ON: &str = "kubernetes: {kubeconfig: KUBECONFIG, pods: {}}";
 
 /// A pod as Kubernetes has it.
-fn pod(name: &str, node: &str, ip: &str) -> Value {
+pub(crate) fn pod(name: &str, node: &str, ip: &str) -> Value {
     json!({
         "metadata": {"namespace": "default", "name": name, "uid": format!("uid-of-{name}")},
         "spec": {"nodeName": node, "containers": [{"name": "c", "image": "i", "ports": [{"containerPort": 80}]}]},

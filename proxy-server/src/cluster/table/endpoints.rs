@@ -1,0 +1,319 @@
+//! What is behind a Service, and where that is. A slice is believed as far as pods and nodes bear it out.
+//!
+//! | endpoint | where |
+//! | --- | --- |
+//! | said to be a pod, which is known and has that address | its node |
+//! | said to be a pod, which is not known, or has another address | nowhere |
+//! | only an address | as that address, if it were asked for; never as a Service again |
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proto::wire::PodPort;
+use proto::{AgentName, Destination, Host};
+
+use super::{Ask, ClusterTable};
+use crate::cluster::nodes::Node;
+use crate::cluster::pods::{Pod, dashed};
+use crate::cluster::services::{Endpoint, Service, Slice};
+use crate::error::Refusal;
+use crate::route::{Presence, Route};
+
+/// Endpoints of a Service that are looked at for a request, more than anybody has.
+const MOST: usize = 10_000;
+
+/// By what a Service was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Door<'a> {
+    /// Its name, or an address of its own.
+    Service,
+    /// The name of one of its endpoints.
+    Endpoint(&'a str),
+    /// A port of that node.
+    Node(&'a Node),
+}
+
+/// What there is behind a Service.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    /// Ready ones at the edge, and others.
+    near: Vec<Candidate>,
+    far: Vec<Candidate>,
+    /// There is any, ready or not.
+    is_any: bool,
+    is_at_edge: bool,
+    /// The Service has the port that was asked for.
+    pub(super) has_port: bool,
+    /// The one that was asked for is there, ready or not.
+    pub(super) is_called: bool,
+    /// Why one that is ready is no candidate.
+    why: Option<Refusal>,
+}
+
+/// A ready endpoint that can be dialled.
+#[derive(Debug)]
+struct Candidate {
+    address: IpAddr,
+    port: Port,
+    way: Way,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Port {
+    number: u16,
+    /// By the Service.
+    is_declared: bool,
+}
+
+/// How an endpoint is reached.
+#[derive(Debug)]
+enum Way {
+    Pod(Arc<Pod>, Arc<Node>),
+    Address(Route),
+}
+
+/// Where an endpoint is.
+#[derive(Debug)]
+enum Place {
+    At(Way),
+    /// At the edge, but not to be told from another.
+    Refused(Refusal),
+    /// What is said of it is not so; it would be at the edge.
+    Nowhere(bool),
+}
+
+impl Door<'_> {
+    /// What is dialled of that slice's endpoints.
+    fn port(self, service: &Service, slice: &Slice, asked: u16) -> Option<Port> {
+        let declared = |number| Port {
+            number,
+            is_declared: true,
+        };
+        let by_address = self.is_by_address(service);
+        if by_address && slice.ports.iter().any(|(_, port)| *port == asked) {
+            return Some(declared(asked));
+        }
+        if by_address && slice.ports.is_empty() && service.ports.is_empty() {
+            return Some(Port {
+                number: asked,
+                is_declared: false,
+            });
+        }
+        let mut ports = service.ports.iter();
+        let name = &ports
+            .find(|port| match self {
+                Door::Service | Door::Endpoint(_) => port.port == asked,
+                Door::Node(_) => port.node_port == Some(asked),
+            })?
+            .name;
+        let mut ports = slice.ports.iter();
+        ports
+            .find(|(it, _)| it == name)
+            .map(|(_, port)| declared(*port))
+    }
+
+    /// Whether DNS would have given the endpoint's own address, so that its own ports are asked for.
+    fn is_by_address(self, service: &Service) -> bool {
+        match self {
+            Door::Service => service.is_headless(),
+            Door::Endpoint(_) => true,
+            Door::Node(_) => false,
+        }
+    }
+
+    /// Whether that endpoint is meant.
+    fn calls(self, endpoint: &Endpoint) -> bool {
+        let Door::Endpoint(host) = self else {
+            return true;
+        };
+        endpoint.hostname.as_deref() == Some(host) || dashed(host) == Some(endpoint.address)
+    }
+
+    /// Whether it leads there.
+    fn opens_to(self, service: &Service, endpoint: &Endpoint, place: &Place) -> bool {
+        match self {
+            Door::Node(node) if service.stays_local => {
+                place.node().or(endpoint.node.as_deref()) == Some(&node.name)
+            }
+            Door::Service | Door::Endpoint(_) | Door::Node(_) => true,
+        }
+    }
+}
+
+impl ClusterTable {
+    /// Looks at everything that is behind a Service.
+    pub(super) fn survey(
+        &self,
+        service: &Service,
+        door: Door<'_>,
+        asked: &Destination,
+        presence: Ask<'_>,
+    ) -> Survey {
+        let slices = self.services().map(|all| all.behind(service));
+        let slices = slices.unwrap_or_default();
+        let mut survey = Survey {
+            has_port: service.ports.iter().any(|port| port.port == asked.port),
+            ..Survey::default()
+        };
+        let endpoints = slices.iter().flat_map(|slice| {
+            let port = door.port(service, slice, asked.port);
+            let each = slice.endpoints.iter();
+            each.map(move |endpoint| (endpoint, port))
+        });
+        for (endpoint, port) in endpoints.take(MOST) {
+            let number = port.map_or(asked.port, |port| port.number);
+            let place = self.place(endpoint, number, presence);
+            let is_near = place.is_edge(presence);
+            let is_meant = door.calls(endpoint) && door.opens_to(service, endpoint, &place);
+            survey.is_any = true;
+            survey.is_at_edge |= is_near;
+            survey.is_called |= door.calls(endpoint);
+            survey.has_port |= port.is_some();
+            let (true, true, Some(port)) = (is_meant, endpoint.is_ready, port) else {
+                continue;
+            };
+            match place {
+                Place::At(way) => {
+                    let address = endpoint.address;
+                    let of = if is_near {
+                        &mut survey.near
+                    } else {
+                        &mut survey.far
+                    };
+                    of.push(Candidate { address, port, way });
+                }
+                Place::Refused(refusal) => survey.why = Some(refusal),
+                Place::Nowhere(_) => {}
+            }
+        }
+        survey
+    }
+
+    fn place(&self, endpoint: &Endpoint, port: u16, presence: Ask<'_>) -> Place {
+        let Endpoint { address, .. } = endpoint;
+        let Some(key) = &endpoint.pod else {
+            let to = Destination {
+                host: Host::Ip(*address),
+                port,
+            };
+            let known = |agent: &AgentName| presence(agent).is_known();
+            let route = self
+                .by_address(*address, &to, known)
+                .or_else(|| self.of_network(*address, &to, known));
+            return match route {
+                None => Place::At(Way::Address(Route::Elsewhere(to))),
+                Some(Ok(route)) => Place::At(Way::Address(route)),
+                Some(Err(refusal)) => Place::Refused(refusal),
+            };
+        };
+        let pod = self.reach.as_ref().and_then(|reach| reach.pods.called(key));
+        let on = |name: &str| self.nodes.get(name);
+        if let Some(pod) = &pod
+            && let Some(node) = on(&pod.node)
+        {
+            // One on its node's network has the node's addresses and none of its own.
+            let on_host = pod.addresses.is_empty() && node.addresses.contains(address);
+            if on_host || pod.addresses.contains(address) {
+                return Place::At(Way::Pod(Arc::clone(pod), Arc::clone(node)));
+            }
+        }
+        let said = [endpoint.node.as_deref(), pod.as_ref().map(|pod| &*pod.node)];
+        let mut said = said.into_iter().flatten().filter_map(on);
+        Place::Nowhere(said.any(|node| node.is_edge(|agent| presence(agent).is_known())))
+    }
+}
+
+impl Way {
+    /// The node at the edge that it leads to.
+    fn edge(&self, presence: Ask<'_>) -> Option<(&AgentName, &str)> {
+        match self {
+            Self::Pod(_, node) => node
+                .is_edge(|agent| presence(agent).is_known())
+                .then_some((&node.agent, &node.name)),
+            Self::Address(Route::Edge { agent, node, .. }) => Some((agent, node)),
+            Self::Address(Route::Elsewhere(_)) => None,
+        }
+    }
+}
+
+impl Place {
+    fn is_edge(&self, presence: Ask<'_>) -> bool {
+        match self {
+            Self::At(way) => way.edge(presence).is_some(),
+            Self::Refused(_) => true,
+            Self::Nowhere(is_edge) => *is_edge,
+        }
+    }
+
+    /// The node that it is on, for all that is known.
+    fn node(&self) -> Option<&str> {
+        match self {
+            Self::At(Way::Pod(_, node)) => Some(&node.name),
+            Self::At(Way::Address(Route::Edge { node, .. })) => Some(node),
+            Self::At(Way::Address(Route::Elsewhere(_))) | Self::Refused(_) | Self::Nowhere(_) => {
+                None
+            }
+        }
+    }
+}
+
+impl Survey {
+    /// Whether there is something, and nothing of it is at the edge.
+    pub(super) const fn is_elsewhere(&self) -> bool {
+        self.is_any && !self.is_at_edge
+    }
+
+    /// One of those that can be dialled: at the edge before elsewhere, where rules may not lead; of those with an agent
+    /// that can be reached before others; of equals any.
+    ///
+    /// # Errors
+    /// There is none; and why, if one was ready.
+    pub(super) fn choose(mut self, presence: Ask<'_>) -> Result<Route, Option<Refusal>> {
+        let is_present = |candidate: &Candidate| {
+            let edge = candidate.way.edge(presence);
+            edge.is_some_and(|(agent, _)| presence(agent) == Presence::Present)
+        };
+        if self.near.iter().any(is_present) {
+            self.near.retain(is_present);
+        }
+        let is_near = !self.near.is_empty();
+        let mut all = if is_near { self.near } else { self.far };
+        if all.is_empty() {
+            return Err(self.why);
+        }
+        let chosen = all.swap_remove(rand::random_range(0..all.len()));
+        Ok(chosen.route(is_near))
+    }
+}
+
+impl Candidate {
+    fn route(self, is_near: bool) -> Route {
+        let port = self.port.number;
+        let (pod, node) = match self.way {
+            Way::Pod(pod, node) => (pod, node),
+            Way::Address(route) => return route,
+        };
+        let at = |host| Destination { host, port };
+        if !is_near {
+            return Route::Elsewhere(at(Host::Ip(self.address)));
+        }
+        // Its agent knows itself by this name, whatever addresses it has.
+        let is_itself = pod.addresses.is_empty() && node.agent.as_str() == node.name;
+        let host = if is_itself {
+            Host::Name(node.name.clone())
+        } else {
+            Host::Ip(self.address)
+        };
+        // On its node's network nothing tells its ports from the node's own.
+        let meant = (!pod.addresses.is_empty()).then(|| pod.port(port));
+        Route::Edge {
+            agent: node.agent.clone(),
+            node: node.name.clone(),
+            to: at(host),
+            pod: meant.map(|meant| PodPort {
+                declared: meant.declared || self.port.is_declared,
+                ..meant
+            }),
+        }
+    }
+}
