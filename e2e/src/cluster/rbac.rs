@@ -38,6 +38,14 @@ impl Grant {
         name.and_then(Value::as_str).unwrap_or_default()
     }
 
+    /// Whether it grants in all namespaces what the other grants in one.
+    fn is_wider_than(&self, other: &Self) -> bool {
+        let is_of_all = |grant: &Self| grant.role.pointer("/metadata/namespace").is_none();
+        (&self.verb, &self.resource) == (&other.verb, &other.resource)
+            && is_of_all(self)
+            && !is_of_all(other)
+    }
+
     fn all_of(role: &Value) -> Vec<Self> {
         let mut grants = Vec::new();
         // As it was applied: what kube-apiserver adds names one version, which the next change ends.
@@ -112,15 +120,19 @@ impl Cluster {
         Ok(grants)
     }
 
-    /// Applies the role without one of its verbs, and waits until that counts.
+    /// Applies the role without one of its verbs, and any that grants the same in all namespaces; waits until that counts.
     ///
     /// # Errors
     /// When the account still has it.
     pub fn revoke(&self, grant: &Grant) -> Result<()> {
+        let all = self.grants()?;
+        let wider = all.iter().filter(|other| other.is_wider_than(grant));
         let file = self.dir().join("role.json");
-        fs::write(&file, grant.removed().to_string())?;
-        let file = file.display().to_string();
-        self.kubectl().ok(&["apply", "-f", &file])?;
+        for grant in wider.chain([grant]) {
+            fs::write(&file, grant.removed().to_string())?;
+            self.kubectl()
+                .ok(&["apply", "-f", &file.display().to_string()])?;
+        }
         self.wait_granted(grant, false)
     }
 

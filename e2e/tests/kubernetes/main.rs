@@ -23,6 +23,7 @@ mod metrics;
 mod rbac;
 mod reach;
 mod scrapers;
+mod services;
 mod upkeep;
 
 /// Two clusters are more than a machine has cores for.
@@ -149,6 +150,18 @@ fn what_the_cluster_knows(steps: &mut Steps, cluster: &mut Cluster) {
     );
     steps.run("pods_are_reached_by_kube_apiservers_own_proxy", || {
         reach::pod_proxy(cluster)
+    });
+    steps.run("services_are_reached_by_name_and_by_address", || {
+        services::by_every_name(cluster)
+    });
+    steps.run("services_with_one_pod_address_are_told_apart", || {
+        services::twins(cluster)
+    });
+    steps.run("services_refuse_what_they_do_not_have", || {
+        services::refused(cluster)
+    });
+    steps.run("services_are_reached_by_kube_apiservers_own_proxy", || {
+        services::service_proxy(cluster)
     });
     rbac::each_verb(steps, cluster);
     steps.run("enrolment_ends_with_the_pod", || {

@@ -8,7 +8,7 @@ use certs::TrustBundle;
 use e2e::cluster::{Cluster, Grant, NODES, Steps, until};
 use serde_json::json;
 
-use crate::{enrol, reach};
+use crate::{enrol, reach, services};
 
 /// For what needs a try of the proxy-server to reach kube-apiserver: 10 s lie between two at most.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -30,7 +30,7 @@ impl Row {
     }
 }
 
-const ROWS: [Row; 21] = [
+const ROWS: [Row; 25] = [
     Row {
         verb: "list",
         resource: "nodes",
@@ -170,6 +170,34 @@ const ROWS: [Row; 21] = [
         role: "corvid-proxy-server-pods",
         breaks: pods_are_not_followed,
         recovers: pods_are_destinations,
+    },
+    Row {
+        verb: "list",
+        resource: "services",
+        role: "corvid-proxy-server-services",
+        breaks: no_service_is_a_destination,
+        recovers: services_are_destinations,
+    },
+    Row {
+        verb: "watch",
+        resource: "services",
+        role: "corvid-proxy-server-services",
+        breaks: services_are_not_followed,
+        recovers: services_are_destinations,
+    },
+    Row {
+        verb: "list",
+        resource: "endpointslices",
+        role: "corvid-proxy-server-services",
+        breaks: nothing_is_behind_a_service,
+        recovers: services_are_destinations,
+    },
+    Row {
+        verb: "watch",
+        resource: "endpointslices",
+        role: "corvid-proxy-server-services",
+        breaks: endpoints_are_not_followed,
+        recovers: services_are_destinations,
     },
     Row {
         verb: "get",
@@ -476,13 +504,24 @@ fn a_new_root_ends_no_session(cluster: &mut Cluster) -> Result<()> {
 fn other_servers_are_not_listed(cluster: &mut Cluster) -> Result<String> {
     let mark = cluster.tunnel().server().mark();
     restart(cluster)?;
-    told_soon(cluster, mark, &forbidden("list", "endpointslices"))
+    told_soon(cluster, mark, &in_a_namespace("list"))
+}
+
+/// The sentence about slices of one namespace; about those of all there may be another.
+fn in_a_namespace(verb: &str) -> String {
+    let said = forbidden(verb, "endpointslices");
+    format!("{said} in API group \"discovery.k8s.io\" in the namespace")
+}
+
+fn at_cluster_scope(verb: &str) -> String {
+    let said = forbidden(verb, "endpointslices");
+    format!("{said} in API group \"discovery.k8s.io\" at the cluster scope")
 }
 
 fn other_servers_are_not_followed(cluster: &mut Cluster) -> Result<String> {
     let mark = cluster.tunnel().server().mark();
     restart(cluster)?;
-    told_soon(cluster, mark, &forbidden("watch", "endpointslices"))
+    told_soon(cluster, mark, &in_a_namespace("watch"))
 }
 
 /// A server that comes is heard of: one that nobody runs, at an address of documentation.
@@ -605,6 +644,53 @@ fn pods_are_not_followed(cluster: &mut Cluster) -> Result<String> {
 fn pods_are_destinations(cluster: &mut Cluster) -> Result<()> {
     for node in NODES {
         until(DEADLINE, "pods are known", || reach::by_name(cluster, node))?;
+    }
+    Ok(())
+}
+
+fn no_service_is_a_destination(cluster: &mut Cluster) -> Result<String> {
+    leads_nowhere(cluster, &forbidden("list", "services"))
+}
+
+fn nothing_is_behind_a_service(cluster: &mut Cluster) -> Result<String> {
+    leads_nowhere(cluster, &at_cluster_scope("list"))
+}
+
+fn leads_nowhere(cluster: &mut Cluster, why: &str) -> Result<String> {
+    services::offer(cluster)?;
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let told = told_soon(cluster, mark, why)?;
+    // Pods are known, so that is not why.
+    pods_are_destinations(cluster)?;
+    let refused = services::by_name(cluster, "edge1");
+    ensure!(refused.is_err(), "a Service that nobody knows is reached");
+    Ok(told)
+}
+
+fn services_are_not_followed(cluster: &mut Cluster) -> Result<String> {
+    leads_there_unfollowed(cluster, &forbidden("watch", "services"))
+}
+
+fn endpoints_are_not_followed(cluster: &mut Cluster) -> Result<String> {
+    leads_there_unfollowed(cluster, &at_cluster_scope("watch"))
+}
+
+fn leads_there_unfollowed(cluster: &mut Cluster, why: &str) -> Result<String> {
+    services::offer(cluster)?;
+    let mark = cluster.tunnel().server().mark();
+    restart(cluster)?;
+    let told = told_soon(cluster, mark, why)?;
+    // They were listed.
+    services_are_destinations(cluster)?;
+    Ok(told)
+}
+
+fn services_are_destinations(cluster: &mut Cluster) -> Result<()> {
+    for node in NODES {
+        until(DEADLINE, "Services are known", || {
+            services::by_name(cluster, node)
+        })?;
     }
     Ok(())
 }

@@ -1,17 +1,23 @@
 //! Pods at the edge as destinations: by name, by address, and for kube-apiserver's own proxy.
 
 use std::io::{Read as _, Write as _};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::client::Tunnel;
 use e2e::cluster::content::lines;
-use e2e::cluster::{Cluster, NODES, pods};
+use e2e::cluster::{Cluster, NODES, pods, until};
 
 /// Fetches the page of a node's pod by the pod's name.
 pub(super) fn by_name(cluster: &Cluster, node: &str) -> Result<()> {
     let to = format!("{}.default.pod:{}", pods::name(node), pods::WEB_PORT);
-    let door = cluster.tunnel().forward_proxy()?;
-    let mut tunnel = door.connect(&to)??;
-    write!(tunnel, "GET /lines HTTP/1.0\r\n\r\n")?;
+    let tunnel = cluster.tunnel().forward_proxy()?.connect(&to)??;
+    is_page_of(node, tunnel, "/lines")
+}
+
+/// Asks for that page, which has to be the node's.
+pub(super) fn is_page_of(node: &str, mut tunnel: Tunnel, page: &str) -> Result<()> {
+    write!(tunnel, "GET {page} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     tunnel.read_to_string(&mut answer)?;
     let (_head, body) = answer.split_once("\r\n\r\n").context("no head")?;
@@ -34,7 +40,7 @@ pub(super) fn undeclared(cluster: &Cluster) -> Result<String> {
     Ok(refused)
 }
 
-fn address<T>(cluster: &Cluster<T>, pod: &str) -> Result<String> {
+pub(super) fn address<T>(cluster: &Cluster<T>, pod: &str) -> Result<String> {
     let get = ["get", "pod", pod, "-o", "jsonpath={.status.podIP}"];
     Ok(String::from_utf8(cluster.kubectl().ok(&get)?)?)
 }
@@ -71,6 +77,24 @@ pub(super) fn twins(cluster: &Cluster) -> Result<String> {
 
 /// kube-apiserver's own proxy reaches a pod whose address nobody else has.
 pub(super) fn pod_proxy<T>(cluster: &Cluster<T>) -> Result<String> {
+    let (name, ip) = alone(cluster)?;
+    by_own_proxy(cluster, &format!("pods/{name}:{}", pods::WEB_PORT))?;
+    Ok(format!("{name} at {ip}"))
+}
+
+/// Fetches the page of edge2's pods by kube-apiserver's own proxy.
+pub(super) fn by_own_proxy<T>(cluster: &Cluster<T>, of: &str) -> Result<()> {
+    let raw = format!("/api/v1/namespaces/default/{of}/proxy/lines");
+    let page = until(Duration::from_secs(30), "it is known", || {
+        cluster.kubectl().ok(&["get", "--raw", &raw])
+    })?;
+    let right = page == lines("edge2", pods::WEB_LINES).as_bytes();
+    ensure!(right, "{} bytes", page.len());
+    Ok(())
+}
+
+/// A pod on edge2 with an address that nobody else has; name and address.
+pub(super) fn alone<T>(cluster: &Cluster<T>) -> Result<(String, String)> {
     let taken = || -> Result<Vec<String>> {
         let all = [
             "get",
@@ -84,25 +108,14 @@ pub(super) fn pod_proxy<T>(cluster: &Cluster<T>) -> Result<String> {
     };
     for number in 0..8 {
         let name = format!("web-{number}");
-        cluster.create(&pods::web(&name, "edge2"))?;
+        if cluster.kubectl().ok(&["get", "pod", &name]).is_err() {
+            cluster.create(&pods::web(&name, "edge2"))?;
+        }
         cluster.wait_ready(&name)?;
         let ip = address(cluster, &name)?;
-        if taken()?.iter().filter(|other| **other == ip).count() > 1 {
-            continue;
+        if taken()?.iter().filter(|other| **other == ip).count() == 1 {
+            return Ok((name, ip));
         }
-        let raw = format!(
-            "/api/v1/namespaces/default/pods/{name}:{}/proxy/lines",
-            pods::WEB_PORT
-        );
-        let page = e2e::cluster::until(std::time::Duration::from_secs(30), "it is known", || {
-            cluster.kubectl().ok(&["get", "--raw", &raw])
-        })?;
-        ensure!(
-            page == lines("edge2", pods::WEB_LINES).as_bytes(),
-            "{} bytes",
-            page.len()
-        );
-        return Ok(format!("{name} at {ip}"));
     }
     anyhow::bail!("every address is taken twice")
 }

@@ -103,6 +103,12 @@ impl Tunnel {
         )
     }
 
+    /// The CONNECT frontend that kube-apiserver has.
+    #[must_use]
+    pub fn connect_door(&self) -> Door {
+        Door::Unix(self.dir.join(super::server::SOCKET))
+    }
+
     pub(super) fn admin_socket(&self) -> String {
         self.dir.join("admin.sock").display().to_string()
     }

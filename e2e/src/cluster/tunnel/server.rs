@@ -146,6 +146,7 @@ fn config(dir: &Path) -> Value {
             "enrol": {},
             "authority": {"refresh": "2s"},
             "pods": {},
+            "services": {},
         },
         "observe": {"listen": "127.0.0.1:9440"},
         "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
