@@ -22,7 +22,7 @@ use proto::Budget;
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Endpoint, QuicSession, Tuning};
 use proto::wire::ServerOffer;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::authority::Authority;
@@ -45,6 +45,9 @@ use crate::serve::{Forwarder, Routing};
 const MAX_ENROLMENTS: usize = 512;
 /// How long resets and good-byes may take to leave.
 const FLUSH: Duration = Duration::from_secs(3);
+/// How long agents that have no session with another server are waited for in a drain, and half of `drain.grace` at most:
+/// each looks for one within [`RETRY_SPREAD`](crate::backend::RETRY_SPREAD) and half as long again, and may have to look twice.
+const HANDOVER: Duration = Duration::from_secs(15);
 /// How often gauges that nobody sets in passing are set.
 const GAUGES: Duration = Duration::from_secs(5);
 /// Tries to find a port that is free for UDP and TCP, where the configuration leaves it open.
@@ -462,16 +465,20 @@ impl Bound {
             "stopping"
         );
         let stopping = async {
+            let end = Instant::now() + drain.min_delay + drain.grace;
             backend.go_away(drain.min_delay + drain.grace);
             peering
                 .iter()
                 .for_each(|p| p.go_away(drain.min_delay + drain.grace));
             sleep(drain.min_delay).await;
+            // An agent that is nowhere else is reached through us alone.
+            let most = HANDOVER.min(drain.grace / 2);
+            timeout(most, backend.handed_over()).await.ok(); // one that can't get elsewhere is not waited for any longer
             service.stop();
             stop_requests.cancel();
             peering.iter().for_each(peers::Running::refuse);
             self.stop_enrolment.cancel();
-            sleep(drain.grace).await;
+            sleep_until(end).await;
         };
         let finished = async {
             stop_requests.cancelled().await;

@@ -26,12 +26,12 @@ use proto::transport::{Session, SessionError};
 use proto::wire::{Limits as StreamLimits, ServerOffer};
 use proto::{AgentName, Reason, SessionId};
 use tokio::sync::{OwnedSemaphorePermit, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Standing, Verdict};
 use crate::limits::{Knock, Limits, Side};
-use crate::registry::{Doubt, LiveSession, Lost};
+use crate::registry::{Doubt, LiveSession, Lost, Rank};
 use crate::serve::Forwarder;
 
 /// A session may outlive its leaf by this: the agent opens one with the new leaf long before.
@@ -39,7 +39,11 @@ const LEAF_GRACE: Duration = Duration::from_secs(3600);
 /// Once a newer session of an agent is there, an older one that does not answer within this is dead.
 const PROBE: Duration = Duration::from_secs(5);
 /// Spread of `retry_after`, so that those who were sent away do not come back together.
-const SPREAD: Duration = Duration::from_secs(5);
+pub(crate) const RETRY_SPREAD: Duration = Duration::from_secs(5);
+/// The same where only those come whom a balancer has led to a server that stops: the next one is an attempt away.
+const NEXT_SPREAD: Duration = Duration::from_millis(500);
+/// How often it is looked whether agents have come to another server.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What serves agents.
 #[derive(Debug)]
@@ -154,7 +158,12 @@ impl Backend {
     ) -> Result<(Control<QuicSession>, String, SessionId), ControlError> {
         let (control, hello) = Control::accept(transport.clone()).await?;
         if self.stopping.is_cancelled() {
-            let retry_after = SPREAD.mul_f64(rand::random());
+            let spread = if self.is_alone() {
+                RETRY_SPREAD
+            } else {
+                NEXT_SPREAD
+            };
+            let retry_after = spread.mul_f64(rand::random());
             control
                 .refuse(
                     Reason::Draining,
@@ -165,7 +174,7 @@ impl Backend {
             return Err(ControlError::Session(SessionError::Local(Reason::Draining)));
         }
         if let Err(wait) = self.forwarder.limits.admit(agent) {
-            let retry_after = wait + SPREAD.mul_f64(rand::random());
+            let retry_after = wait + RETRY_SPREAD.mul_f64(rand::random());
             let detail = "too many agents at once".to_owned();
             control
                 .refuse(Reason::Overloaded, detail, retry_after)
@@ -178,7 +187,7 @@ impl Backend {
             && standing.verdict(agent.as_str(), uid).await == Verdict::Gone
         {
             let detail = Reason::NodeGone.sentence().to_owned();
-            let retry_after = SPREAD.mul_f64(rand::random());
+            let retry_after = RETRY_SPREAD.mul_f64(rand::random());
             control.refuse(Reason::NodeGone, detail, retry_after).await;
             return Err(ControlError::Session(SessionError::Local(Reason::NodeGone)));
         }
@@ -339,10 +348,33 @@ impl Backend {
             session.go_away(GoAway {
                 reason: Reason::Draining,
                 deadline,
-                retry_after: SPREAD.mul_f64(rand::random()),
+                retry_after: RETRY_SPREAD.mul_f64(rand::random()),
                 detail: "the proxy-server stops".to_owned(),
             });
         }
+    }
+
+    /// Waits until each agent has a session with another server, too. Where there is no other, and for agents of which
+    /// nothing is heard, there is nothing to wait for.
+    pub async fn handed_over(&self) {
+        let is_elsewhere = |agent: &AgentName| {
+            let peers = self.forwarder.peers.with_session_of(agent);
+            peers.iter().any(|(rank, ..)| *rank == Rank::Healthy)
+        };
+        let is_left = || {
+            let all = self.forwarder.registry.all();
+            all.iter()
+                .any(|session| !session.is_suspect() && !is_elsewhere(&session.agent))
+        };
+        let mut looks = interval(LOOK);
+        while !self.is_alone() && is_left() {
+            looks.tick().await;
+        }
+    }
+
+    /// Whether agents have no other server to go to.
+    fn is_alone(&self) -> bool {
+        *self.servers.borrow() < 2
     }
 
     /// Closes every session, at the end of the drain.

@@ -194,7 +194,7 @@ async fn a_server_that_dies_is_not_waited_for() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_drains_is_left_and_what_runs_through_it_may_end() {
-    let slow = "drain: {minDelay: 2s, grace: 30s}";
+    let slow = "drain: {minDelay: 2s, grace: 4s}";
     let [a, mut b, c] = fleet([(Kind::Full, ""), (Kind::Full, slow), (Kind::Full, "")]).await;
     let mut edge = JoinSet::new();
     let (port, kept) = (shouter(&mut edge).await, echo(&mut edge).await);
@@ -225,6 +225,45 @@ async fn a_server_that_drains_is_left_and_what_runs_through_it_may_end() {
         ),
         "{line}"
     );
+    a.stop().await;
+    c.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_drains_keeps_an_agent_until_it_has_come_to_another() {
+    let kinds = [
+        (Kind::Full, ""),
+        (Kind::Full, "drain: {minDelay: 10ms, grace: 120s}"),
+        (Kind::Full, ""),
+    ];
+    let [mut a, mut b, c] = fleet(kinds).await;
+    let mut edge = JoinSet::new();
+    let port = shouter(&mut edge).await;
+    let servers = [b.backend];
+    agent(&mut b, "edge1", &servers, &[port]);
+    announced(&a, "edge1", 1).await;
+    b.shutdown.cancel();
+    let going = std::sync::atomic::Ordering::Relaxed;
+    eventually("a is told", || {
+        a.peers.all().iter().any(|peer| peer.going.load(going))
+    })
+    .await;
+    // Long after `minDelay`, and no stream runs.
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(1) {
+        shouts(&a, &format!("edge1:{port}")).await.unwrap();
+    }
+    let servers = [a.backend];
+    agent(&mut a, "edge1", &servers, &[port]);
+    let begin = Instant::now();
+    assert_eq!(b.exit().await, daemon::Exit::Drained);
+    // Far below the 15 s that it waits for an agent that does not come.
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
+    shouts(&a, &format!("edge1:{port}")).await.unwrap();
     a.stop().await;
     c.stop().await;
 }
