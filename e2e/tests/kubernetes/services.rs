@@ -176,8 +176,9 @@ pub(super) fn service_proxy(cluster: &Cluster) -> Result<String> {
     apply(cluster, &slice(cluster, "alone", "alone", &pod)?)?;
     // Where kube-apiserver still looks for endpoints.
     let metadata = json!({"name": "alone", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}});
-    let subset =
-        json!({"addresses": [{"ip": ip}], "ports": [{"name": "http", "port": pods::WEB_PORT}]});
+    // Only what is a pod is dialled.
+    let target = json!({"kind": "Pod", "namespace": "default", "name": pod});
+    let subset = json!({"addresses": [{"ip": ip, "targetRef": target}], "ports": [{"name": "http", "port": pods::WEB_PORT}]});
     apply(
         cluster,
         &json!({"apiVersion": "v1", "kind": "Endpoints", "metadata": metadata, "subsets": [subset]}),
