@@ -263,24 +263,22 @@ impl Survey {
         self.is_any && !self.is_at_edge
     }
 
-    /// One of those that can be dialled: at the edge before elsewhere, where rules may not lead; of those with an agent
-    /// that can be reached before others; of equals any.
+    /// One of those that can be dialled: at the edge with an agent that can be reached; else elsewhere, where not every
+    /// frontend dials; else at the edge, so that who asked is told why not. Of equals any.
     ///
     /// # Errors
     /// There is none; and why, if one was ready.
-    pub(super) fn choose(mut self, presence: Ask<'_>) -> Result<Route, Option<Refusal>> {
+    pub(super) fn choose(self, presence: Ask<'_>) -> Result<Route, Option<Refusal>> {
         let is_present = |candidate: &Candidate| {
             let edge = candidate.way.edge(presence);
             edge.is_some_and(|(agent, _)| presence(agent) == Presence::Present)
         };
-        if self.near.iter().any(is_present) {
-            self.near.retain(is_present);
-        }
-        let is_near = !self.near.is_empty();
-        let mut all = if is_near { self.near } else { self.far };
-        if all.is_empty() {
+        let (present, absent) = self.near.into_iter().partition(is_present);
+        let by_rank = [(present, true), (self.far, false), (absent, true)];
+        let best: Option<(Vec<_>, bool)> = by_rank.into_iter().find(|(all, _)| !all.is_empty());
+        let Some((mut all, is_near)) = best else {
             return Err(self.why);
-        }
+        };
         let chosen = all.swap_remove(rand::random_range(0..all.len()));
         Ok(chosen.route(is_near))
     }

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | none of its endpoints is at the edge | as without Services: not at the edge, what was asked for is dialled |
 //! | it has no such TCP port | refused, with those that it has |
-//! | endpoints that are ready | one of those at the edge, at random among agents that can be reached; else one of the others |
+//! | endpoints that are ready | one at the edge whose agent can be reached; else one elsewhere; else one at the edge; of equals any |
 //! | none is ready, or there is none | refused |
 //! | `ExternalName` | that name is routed in its place, once ([`RouteTable`](crate::route::RouteTable)) |
 //!

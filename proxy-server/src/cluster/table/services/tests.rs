@@ -206,7 +206,7 @@ fn say(route: Result<Route, Refusal>) -> String {
 fn route_in(table: &ClusterTable, to: &str) -> String {
     let routes = RouteTable::new(&[entry("press", Some("site-a"), &["10.9.0.7"])]);
     say(routes.route(&to.parse().unwrap(), table, |agent| {
-        agent.as_str() == "agent.d.svc"
+        ["agent.d.svc", "edge1", "edge2"].contains(&agent.as_str())
     }))
 }
 
@@ -306,8 +306,8 @@ fn a_headless_service_leads_to_the_endpoint_that_is_named() {
 #[test]
 fn agents_that_can_be_reached_are_asked_before_others() {
     let (table, routes) = (table(), RouteTable::new(&[]));
-    let to = "headless.d.svc:8080".parse().unwrap();
-    let asked = |present: &'static str| {
+    let asked = |to: &str, present: &'static str| {
+        let to = to.parse().unwrap();
         let presence = move |agent: &AgentName| match agent.as_str() {
             name if name == present => Presence::Present,
             "edge1" | "edge2" => Presence::Absent,
@@ -316,15 +316,18 @@ fn agents_that_can_be_reached_are_asked_before_others() {
         let each = (0..100).map(|_| say(routes.route(&to, &table, presence)));
         each.collect::<BTreeSet<_>>()
     };
-    assert_eq!(
-        asked("edge2"),
-        ["edge2>10.244.1.5:8080 d/b!".to_owned()].into()
-    );
-    assert_eq!(
-        asked("nobody").len(),
-        2,
-        "then any, and who asked is told why not"
-    );
+    for (to, present, wanted) in [
+        ("headless.d.svc:8080", "edge2", "edge2>10.244.1.5:8080 d/b!"),
+        ("mixed.d.svc:80", "edge2", "edge2>10.244.1.5:8080 d/b!"),
+        // Then what is in the cloud.
+        ("headless.d.svc:8080", "nobody", ">10.244.0.5:8080"),
+        ("mixed.d.svc:80", "nobody", ">10.244.0.5:8080"),
+        // Who asked is told why not.
+        ("web.d.svc:80", "nobody", "edge1>10.244.1.5:8080 d/a!"),
+    ] {
+        let wanted = [wanted.to_owned()].into();
+        assert_eq!(asked(to, present), wanted, "{to} {present}");
+    }
 }
 
 #[test]
