@@ -362,7 +362,7 @@ async fn what_a_service_or_a_slice_says_falsely_leads_nowhere() {
         // One of another namespace.
         json!({"addresses": ["10.244.1.9"], "targetRef": {"kind": "Pod", "namespace": "other", "name": "secret"}}),
     ] {
-        api.put_slice(slice("web", "web", 80, &[lie.clone()]));
+        api.put_slice(slice("web", "web", 80, std::slice::from_ref(&lie)));
         is_told(&stack, "10.96.0.1:80", IDLE).await;
         // The next lie is seen to be one only if this one was put right in between.
         api.put_slice(slice("web", "web", 80, &[of_pod("a", "10.244.1.5")]));

@@ -81,13 +81,13 @@ impl Told for ByService {
             return;
         };
         for ip in gone.addresses() {
-            leave(&mut self.addresses, *ip, |service| service.key == key);
+            leave(&mut self.addresses, ip, |service| service.key == key);
         }
         for ip in &gone.balanced {
-            leave(&mut self.balanced, *ip, |service| service.key == key);
+            leave(&mut self.balanced, ip, |service| service.key == key);
         }
         for port in gone.ports.iter().filter_map(|port| port.node_port) {
-            leave(&mut self.node_ports, port, |service| service.key == key);
+            leave(&mut self.node_ports, &port, |service| service.key == key);
         }
     }
 }
@@ -130,7 +130,7 @@ impl Told for BySlice {
     fn remove(&mut self, key: &str) {
         if let Some(gone) = self.all.remove(key) {
             let is_it = |slice: &Slice| slice.key == key;
-            leave(&mut self.services, gone.service.clone(), is_it);
+            leave(&mut self.services, &gone.service, is_it);
         }
     }
 }
@@ -143,11 +143,11 @@ fn enter<K: Eq + Hash, V: PartialEq>(by: &mut HashMap<K, Vec<Arc<V>>>, key: K, v
     }
 }
 
-fn leave<K: Eq + Hash, V>(by: &mut HashMap<K, Vec<Arc<V>>>, key: K, is_it: impl Fn(&V) -> bool) {
-    if let Some(there) = by.get_mut(&key) {
+fn leave<K: Eq + Hash, V>(by: &mut HashMap<K, Vec<Arc<V>>>, key: &K, is_it: impl Fn(&V) -> bool) {
+    if let Some(there) = by.get_mut(key) {
         there.retain(|it| !is_it(it));
         if there.is_empty() {
-            by.remove(&key);
+            by.remove(key);
         }
     }
 }
