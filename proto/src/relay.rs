@@ -83,7 +83,7 @@ pub struct Relay {
     pub local: Local,
     /// Bound of what stopped readers cost.
     pub budget: Budget,
-    /// The most that the kernel keeps of the local connection each way, where that is ours to say and so part of what a
+    /// The most that the kernel keeps of what the local connection was given, where that is ours to say and so part of what a
     /// stopped reader costs; else 0.
     pub local_buffer: u32,
     /// Longest silence of the open way once the other is closed.
@@ -196,40 +196,30 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
     to: &mut S,
     early: Bytes,
 ) -> Result<(), Reason> {
+    let count = |n: usize| {
+        settings
+            .counters
+            .sent
+            .fetch_add(n as u64, Ordering::Relaxed);
+    };
+    if !early.is_empty() {
+        count(early.len());
+        to.write_chunk(early)
+            .await
+            .map_err(|error| error.reason())?;
+    }
     let mut capacity = SMALL_READ;
     let mut buffer = BytesMut::new();
-    let mut stopped = None;
-    let mut chunk = early;
     loop {
-        if !chunk.is_empty() {
-            let length = chunk.len() as u64;
-            settings.counters.sent.fetch_add(length, Ordering::Relaxed);
-            hand_over(
-                settings,
-                to,
-                chunk,
-                settings.local_buffer.into(),
-                &mut stopped,
-            )
-            .await?;
-        }
         // Small reads share what is left of a large buffer, so that a trickle does not pin a fresh one each.
         if buffer.capacity() < SMALL_READ {
             buffer.reserve(capacity);
         }
         let offered = buffer.capacity();
-        let read = {
-            let mut read = pin!(from.read_buf(&mut buffer));
-            match poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await {
-                Poll::Ready(read) => read,
-                Poll::Pending => {
-                    // The tunnel has taken all: nothing is kept any more.
-                    stopped = None;
-                    read.await
-                }
-            }
-        };
-        let read = read.map_err(|_cut| settings.local.cut())?;
+        let read = from
+            .read_buf(&mut buffer)
+            .await
+            .map_err(|_cut| settings.local.cut())?;
         if read == 0 {
             return to.finish().map_err(|error| error.reason());
         }
@@ -238,35 +228,11 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             little if little < capacity / 4 => (capacity / 2).max(SMALL_READ),
             _ => capacity,
         };
-        chunk = buffer.split().freeze();
+        count(read);
+        to.write_chunk(buffer.split().freeze())
+            .await
+            .map_err(|error| error.reason())?;
     }
-}
-
-/// Sends one chunk; once that has to wait, the stream counts as stopped, at that cost if it has any, until its reader has
-/// caught up.
-async fn hand_over<S: SendHalf>(
-    settings: &Relay,
-    to: &mut S,
-    chunk: Bytes,
-    cost: u64,
-    stopped: &mut Option<Stopped>,
-) -> Result<(), Reason> {
-    let mut write = pin!(to.write_chunk(chunk));
-    let wrote = match poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
-        Poll::Ready(wrote) => wrote,
-        Poll::Pending if cost == 0 => write.await,
-        Poll::Pending => {
-            let stopped = stopped.get_or_insert_with(|| settings.budget.stopped(cost));
-            tokio::select! {
-                wrote = &mut write => wrote,
-                () = stopped.evicted() => return Err(Reason::SlowReader),
-            }
-        }
-    };
-    if let Some(stopped) = stopped {
-        stopped.moved();
-    }
-    wrote.map_err(|error| error.reason())
 }
 
 async fn out_of_tunnel<R: RecvHalf, I: AsyncWrite + Unpin>(

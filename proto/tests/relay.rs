@@ -241,3 +241,70 @@ async fn over_budget_the_reader_that_stopped_longest_is_reset_and_the_others_go_
     assert!(settings.budget.held() <= 2 << 20);
     drop(kept);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_for_the_tunnel_is_not_its_readers_fault() {
+    // Less than one stopped reader costs.
+    let settings = Relay {
+        local_buffer: 128 << 10,
+        ..settings(1)
+    };
+    let (mut near, mut far, mut local, mut outside, _sessions) = parts().await;
+    let relayed = relay(
+        &settings,
+        (&mut near.0, &mut near.1),
+        &mut local,
+        Early::default(),
+        pending(),
+    );
+    let sent = vec![7; 2 * WINDOW];
+    let talk = async {
+        let writes = async {
+            outside.write_all(&sent).await.unwrap();
+            outside.shutdown().await.unwrap();
+        };
+        let reads = async {
+            // A line that takes nothing for longer than any grace.
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            assert_eq!(settings.budget.held(), 0);
+            let got = read_to_end(&mut far.1).await.unwrap();
+            far.0.finish().unwrap();
+            got
+        };
+        tokio::join!(writes, reads).1
+    };
+    let (end, got) = tokio::join!(relayed, talk);
+    assert_eq!((end, got.len()), (RelayEnd::Finished, 2 * WINDOW));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stopped_reader_costs_what_the_kernel_keeps_of_it_too() {
+    let settings = Relay {
+        local_buffer: 128 << 10,
+        ..settings(2 << 20)
+    };
+    let (mut near, mut far, mut local, mut outside, _sessions) = parts().await;
+    let relayed = relay(
+        &settings,
+        (&mut near.0, &mut near.1),
+        &mut local,
+        Early::default(),
+        pending(),
+    );
+    let talk = async {
+        let sent = Bytes::from(vec![0; 32 << 10]);
+        far.0.write_chunk(sent).await.unwrap();
+        far.0.finish().unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let window = u64::from(settings.budget.stream_window());
+        assert_eq!(settings.budget.held(), window + (128 << 10));
+        outside.shutdown().await.unwrap();
+        let mut got = Vec::new();
+        outside.read_to_end(&mut got).await.unwrap();
+        read_to_end(&mut far.1).await.unwrap();
+        got.len()
+    };
+    let (end, got) = tokio::join!(relayed, talk);
+    assert_eq!((end, got), (RelayEnd::Finished, 32 << 10));
+    assert_eq!(settings.budget.held(), 0);
+}

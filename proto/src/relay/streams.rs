@@ -11,9 +11,9 @@ use std::task::Poll;
 
 use bytes::Bytes;
 
-use super::{Early, FLUSH, Relay, RelayEnd, both, hand_over};
-use crate::Reason;
+use super::{Early, FLUSH, Relay, RelayEnd, both};
 use crate::transport::{READ_CHUNKS, RecvHalf, SendHalf};
+use crate::{Reason, Stopped};
 
 /// Relays between the stream towards the requester and the one towards the edge, until both ways are finished, one
 /// fails, or `stop` says why to end it. Both streams then end alike: with FINs, or reset with the reason. What comes
@@ -74,11 +74,8 @@ async fn one_way<R: RecvHalf, S: SendHalf>(
 ) -> Result<(), Reason> {
     let mut chunks = [const { Bytes::new() }; READ_CHUNKS];
     let mut stopped = None;
-    let cost = settings.budget.stream_window().into();
     if !early.is_empty() {
-        let length = early.len() as u64;
-        hand_over(settings, to, early, cost, &mut stopped).await?;
-        count.fetch_add(length, Ordering::Relaxed);
+        pass_on(settings, to, early, count, &mut stopped).await?;
     }
     loop {
         let read = {
@@ -98,9 +95,39 @@ async fn one_way<R: RecvHalf, S: SendHalf>(
         for chunk in chunks.get_mut(..filled).unwrap_or_default() {
             // Taken out, so that it is freed as soon as it is sent.
             let chunk = std::mem::take(chunk);
-            let length = chunk.len() as u64;
-            hand_over(settings, to, chunk, cost, &mut stopped).await?;
-            count.fetch_add(length, Ordering::Relaxed);
+            pass_on(settings, to, chunk, count, &mut stopped).await?;
         }
     }
+}
+
+/// Sends one chunk; once that has to wait, the stream counts as stopped until its reader has caught up.
+async fn pass_on<S: SendHalf>(
+    settings: &Relay,
+    to: &mut S,
+    chunk: Bytes,
+    count: &AtomicU64,
+    stopped: &mut Option<Stopped>,
+) -> Result<(), Reason> {
+    let length = chunk.len() as u64;
+    let mut write = pin!(to.write_chunk(chunk));
+    let wrote = match poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
+        Poll::Ready(wrote) => wrote,
+        Poll::Pending => {
+            let stopped = stopped.get_or_insert_with(|| {
+                settings
+                    .budget
+                    .stopped(settings.budget.stream_window().into())
+            });
+            tokio::select! {
+                wrote = &mut write => wrote,
+                () = stopped.evicted() => return Err(Reason::SlowReader),
+            }
+        }
+    };
+    if let Some(stopped) = stopped {
+        stopped.moved();
+    }
+    wrote.map_err(|error| error.reason())?;
+    count.fetch_add(length, Ordering::Relaxed);
+    Ok(())
 }
