@@ -6,19 +6,23 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::Response;
+use futures_util::TryFutureExt as _;
+use futures_util::future::MapOk;
+use http::{Request, Response};
 use http_body_util::Limited;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Client, ClientBuilder, ConfigExt as _};
-use kube::config::{Context, KubeConfigOptions, Kubeconfig};
-use tower::ServiceBuilder;
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use tower::timeout::TimeoutLayer;
+use tower::{Service, ServiceBuilder};
 
 use super::Cluster;
+use super::pace::is_watch;
 use crate::config::{Kubernetes, NAMESPACE};
 
 /// For a TCP connect.
@@ -28,6 +32,10 @@ const CONNECT: Duration = Duration::from_secs(5);
 const ANSWER: Duration = Duration::from_secs(30);
 /// Largest answer about a single object: a ConfigMap or Secret has 1 MiB, and its managed fields.
 const MOST: usize = 4 << 20;
+/// Largest page of a list: what [`PAGE`] objects have, each as large as etcd takes one (1.5 MiB).
+const MOST_LISTED: usize = 96 << 20;
+/// Objects a page. Anybody may make his as large as etcd takes them, and a page is read whole.
+pub(super) const PAGE: u32 = 50;
 /// A peer that has vanished is noticed, while the watch is silent.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
@@ -105,7 +113,6 @@ impl Source {
     /// A client; each good answer is noted in `cluster`.
     pub(super) async fn connect(&self, cluster: &Arc<Cluster>) -> Result<Client, ClientError> {
         let cluster = Arc::clone(cluster);
-        // A watch may last as long as it likes; its lines are Nodes.
         self.build(move || cluster.answered(), usize::MAX).await
     }
 
@@ -114,6 +121,12 @@ impl Source {
         self.build(|| {}, MOST).await
     }
 
+    /// A client that lists and watches.
+    pub(super) async fn connect_following(&self) -> Result<Client, ClientError> {
+        self.build(|| {}, MOST_LISTED).await
+    }
+
+    /// `most` is the largest answer; a watch may last as long as it likes, and each of its lines is one object.
     async fn build(
         &self,
         answered: impl Fn() + Clone + Send + 'static,
@@ -136,11 +149,11 @@ impl Source {
         let connector = config
             .rustls_https_connector_with_connector(tcp)
             .map_err(ClientError::Build)?;
-        let note = move |response: Response<hyper::body::Incoming>| {
+        let note = move |response: Response<Limited<hyper::body::Incoming>>| {
             if response.status().is_success() {
                 answered();
             }
-            response.map(|body| Limited::new(body, most))
+            response
         };
         // kube's own stack logs each refused connection as an error of its own.
         let service = ServiceBuilder::new()
@@ -148,13 +161,46 @@ impl Source {
             .option_layer(config.auth_layer().map_err(ClientError::Build)?)
             .layer(TimeoutLayer::new(ANSWER))
             .map_response(note)
+            .layer_fn(|inner| Capped { inner, most })
             .service(HttpClient::builder(TokioExecutor::new()).build(connector));
         Ok(ClientBuilder::new(service, config.default_namespace).build())
     }
 }
 
+/// Bounds answers.
+#[derive(Debug, Clone)]
+struct Capped<S> {
+    inner: S,
+    most: usize,
+}
+
+impl<S, B, O> Service<Request<B>> for Capped<S>
+where
+    S: Service<Request<B>, Response = Response<O>>,
+{
+    type Response = Response<Limited<O>>;
+    type Error = S::Error;
+    type Future = MapOk<S::Future, Box<dyn FnOnce(Response<O>) -> Self::Response + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let most = if is_watch(&request) {
+            usize::MAX
+        } else {
+            self.most
+        };
+        let answer = self.inner.call(request);
+        answer.map_ok(Box::new(move |response| {
+            response.map(|body| Limited::new(body, most))
+        }))
+    }
+}
+
 /// The context that a kubeconfig says is current.
-fn context(read: &Kubeconfig) -> Option<&Context> {
+fn context(read: &Kubeconfig) -> Option<&kube::config::Context> {
     let current = read.current_context.as_ref()?;
     let context = read.contexts.iter().find(|c| c.name == *current)?;
     context.context.as_ref()

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::client::Source;
+use super::client::{PAGE, Source};
 use super::pace::Pace;
 use super::watch::{Failures, SILENCE, WATCH_SECONDS, begins_anew};
 
@@ -43,10 +43,10 @@ struct Followed {
     at: Mutex<Option<Instant>>,
 }
 
-/// Which objects, and how many a page.
-pub(super) fn settings(page: u32) -> watcher::Config {
+/// All objects.
+pub(super) fn settings() -> watcher::Config {
     watcher::Config::default()
-        .page_size(page)
+        .page_size(PAGE)
         .timeout(WATCH_SECONDS)
 }
 
@@ -72,7 +72,7 @@ impl Follower {
     {
         let (mut failures, pace) = (Failures::default(), Pace::default());
         loop {
-            match self.source.connect_apart().await {
+            match self.source.connect_following().await {
                 Ok(client) => {
                     let (followed, what) = (Arc::clone(&self.followed), self.what.clone());
                     let client = pace.of(client, move || {

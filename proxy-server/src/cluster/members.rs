@@ -23,8 +23,6 @@ use crate::config::ObjectName;
 const OF_SERVICE: &str = "kubernetes.io/service-name";
 /// The port's name in the Service.
 const PORT: &str = "peers";
-/// Slices a page; each has up to 1,000 endpoints.
-const PAGE: u32 = 20;
 
 /// Follows the endpoints of a Service.
 #[derive(Debug)]
@@ -56,7 +54,7 @@ impl Endpoints {
             service,
             found,
         } = self;
-        let settings = follow::settings(PAGE).labels(&format!("{OF_SERVICE}={}", service.name));
+        let settings = follow::settings().labels(&format!("{OF_SERVICE}={}", service.name));
         let slices = |client| Api::<EndpointSlice>::namespaced(client, &service.namespace);
         let mut view = View::default();
         let take = |event| {

@@ -82,7 +82,8 @@ impl Pace {
     }
 }
 
-fn is_watch(request: &Request<Body>) -> bool {
+/// Whether it asks for a watch.
+pub(super) fn is_watch<B>(request: &Request<B>) -> bool {
     let query = request.uri().query().unwrap_or_default();
     query.split('&').any(|pair| pair == "watch=true")
 }

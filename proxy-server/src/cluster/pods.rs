@@ -31,8 +31,6 @@ use super::client::Source;
 use super::follow::{self, Follower};
 use crate::error::Refusal;
 
-/// Pods a page: some 10 MB of JSON at most.
-const PAGE: u32 = 500;
 /// Declared ports that are kept of a pod.
 const MOST_PORTS: usize = 256;
 /// What ends the names of pods.
@@ -170,8 +168,8 @@ impl Index {
 /// What a destination is to the pods.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// These have it: one by name, one or several by address.
-    Pods(Vec<Arc<Pod>>),
+    /// These have it: one by name, one or several by that address.
+    Pods(Vec<Arc<Pod>>, Option<IpAddr>),
     /// It is the name of a pod that is not there.
     Missing(Refusal),
     /// It has nothing to do with pods, as far as is known.
@@ -206,9 +204,10 @@ impl Pods {
         }
         let found = index.pods.get(&format!("{namespace}/{pod}"));
         if let Some(pod) = found.filter(|pod| pod.is_there()) {
-            return Found::Pods(vec![Arc::clone(pod)]);
+            return Found::Pods(vec![Arc::clone(pod)], None);
         }
-        let mut theirs = dashed(pod).map(|ip| index.at(ip)).unwrap_or_default();
+        let at = dashed(pod);
+        let mut theirs = at.map(|ip| index.at(ip)).unwrap_or_default();
         theirs.retain(|pod| pod.key.split('/').next() == Some(namespace));
         if theirs.is_empty() {
             return Found::Missing(Refusal {
@@ -216,7 +215,7 @@ impl Pods {
                 sentence: format!("no pod {pod} with an address in namespace {namespace}"),
             });
         }
-        Found::Pods(theirs)
+        Found::Pods(theirs, at)
     }
 
     /// Takes over what a watch tells; `listed` is a list that is not complete yet.
@@ -249,7 +248,7 @@ impl Pods {
         let mut listed = None;
         let take = |event| self.take(&mut listed, event);
         follower
-            .run(Api::<Watched>::all, follow::settings(PAGE), take)
+            .run(Api::<Watched>::all, follow::settings(), take)
             .await
     }
 }
@@ -317,7 +316,7 @@ pub(super) mod tests {
 
     fn keys(found: Found) -> Vec<String> {
         match found {
-            Found::Pods(pods) => pods.iter().map(|pod| pod.key.clone()).collect(),
+            Found::Pods(pods, _) => pods.iter().map(|pod| pod.key.clone()).collect(),
             Found::Missing(refusal) => vec![refusal.sentence],
             Found::Nothing => Vec::new(),
         }

@@ -39,10 +39,6 @@ mod slice;
 pub(crate) use service::{Kind, Service};
 pub(crate) use slice::{Endpoint, Slice};
 
-/// Services a page: some 2 MB of JSON.
-const SERVICES: u32 = 500;
-/// Slices a page: some 5 MB of JSON, as controllers fill them; ten times that at most.
-const SLICES: u32 = 50;
 /// What ends the names of Services.
 const DOMAIN: &str = "svc";
 
@@ -141,10 +137,8 @@ impl Services {
         let follower = Follower::new(&source, "the cluster's Services");
         let mut listed = None;
         let take = |event| self.take_service(&mut listed, event);
-        let settings = follow::settings(SERVICES);
-        follower
-            .run(Api::<WatchedService>::all, settings, take)
-            .await
+        let all = Api::<WatchedService>::all;
+        follower.run(all, follow::settings(), take).await
     }
 
     /// Follows what is behind them, for ever.
@@ -152,8 +146,8 @@ impl Services {
         let follower = Follower::new(&source, "the cluster's EndpointSlices");
         let mut listed = None;
         let take = |event| self.take_slice(&mut listed, event);
-        let settings = follow::settings(SLICES);
-        follower.run(Api::<WatchedSlice>::all, settings, take).await
+        let all = Api::<WatchedSlice>::all;
+        follower.run(all, follow::settings(), take).await
     }
 }
 
