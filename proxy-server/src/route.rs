@@ -20,7 +20,7 @@ use proto::wire::PodPort;
 use proto::{AgentName, Destination, Host, Reason};
 
 use crate::cluster::ClusterTable;
-use crate::config::{Cidr, RouteEntry};
+use crate::config::{Cidr, Elsewhere, RouteEntry};
 use crate::error::Refusal;
 
 /// Where a destination is.
@@ -120,7 +120,8 @@ impl RouteTable {
         table
     }
 
-    /// Routes a destination; `presence` says what is known of the agent of a name.
+    /// Routes a destination; `presence` says what is known of the agent of a name, `elsewhere` what who asks gets of what is
+    /// not at the edge.
     ///
     /// # Errors
     /// [`Reason::AmbiguousDestination`], never a guess; [`Reason::UnknownDestination`] and [`Reason::DialUnreachable`] for
@@ -129,20 +130,21 @@ impl RouteTable {
         &self,
         destination: &Destination,
         cluster: &ClusterTable,
+        elsewhere: Elsewhere,
         presence: impl Fn(&AgentName) -> P,
     ) -> Result<Route, Refusal> {
         if let Some(route) = self.configured(destination) {
             return route;
         }
         let Some(other) = cluster.external_name(&destination.host) else {
-            return unconfigured(destination, cluster, presence);
+            return unconfigured(destination, cluster, elsewhere, presence);
         };
         let destination = Destination {
             host: other?,
             port: destination.port,
         };
         self.configured(&destination)
-            .unwrap_or_else(|| unconfigured(&destination, cluster, presence))
+            .unwrap_or_else(|| unconfigured(&destination, cluster, elsewhere, presence))
     }
 
     fn configured(&self, destination: &Destination) -> Option<Result<Route, Refusal>> {
@@ -214,9 +216,11 @@ impl RouteTable {
 fn unconfigured<P: Into<Presence>>(
     destination: &Destination,
     cluster: &ClusterTable,
+    elsewhere: Elsewhere,
     presence: impl Fn(&AgentName) -> P,
 ) -> Result<Route, Refusal> {
-    cluster.route(destination, &presence).unwrap_or_else(|| {
+    let route = cluster.route(destination, elsewhere, &presence);
+    route.unwrap_or_else(|| {
         Ok(by_agent(destination, |agent| {
             presence(agent).into().is_known()
         }))
@@ -266,7 +270,7 @@ pub(crate) mod tests {
         let Ok(to) = to.parse() else {
             panic!("{to} is no destination")
         };
-        table().route(&to, &ClusterTable::default(), |agent| {
+        table().route(&to, &ClusterTable::default(), Elsewhere::Refuse, |agent| {
             agent.as_str() == "edge9"
         })
     }

@@ -169,14 +169,14 @@ impl Forwarder {
         }
     }
 
-    /// Where a destination is now.
+    /// Where a destination is now, for a frontend that does so with what is not at the edge.
     ///
     /// # Errors
     /// As [`RouteTable::route`].
-    pub fn route(&self, destination: &Destination) -> Result<Route, Refusal> {
+    pub fn route(&self, destination: &Destination, elsewhere: Elsewhere) -> Result<Route, Refusal> {
         let presence = |agent: &AgentName| self.presence(agent);
         let (table, cluster) = (self.routing.table.load(), self.routing.cluster.table());
-        table.route(destination, &cluster, presence)
+        table.route(destination, &cluster, elsewhere, presence)
     }
 
     fn presence(&self, agent: &AgentName) -> Presence {
@@ -208,7 +208,7 @@ impl Forwarder {
             policy,
             ..
         } = request;
-        let route = self.route(destination)?;
+        let route = self.route(destination, *elsewhere)?;
         match (&route, elsewhere) {
             (Route::Edge { node: name, .. }, _) => node.clone_from(name),
             (Route::Elsewhere(_), Elsewhere::Direct) => {}

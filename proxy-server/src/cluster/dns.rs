@@ -46,7 +46,7 @@ use super::client::Source;
 use super::lease::{Candidate, FIELD_MANAGER, Leadership};
 use super::nodes::KUBELET_PORT;
 use super::plan::{MOST, Plan, TooLarge, WRITTEN_BY, Wanted, plan};
-use crate::config::{Dns, Kubernetes, LeaseTimes, ObjectName};
+use crate::config::{Dns, Elsewhere, Kubernetes, LeaseTimes, ObjectName};
 use crate::metrics::{DnsMetrics, WriteLabels};
 use crate::route::RouteTable;
 use crate::serve::Forwarder;
@@ -402,7 +402,9 @@ impl Writer {
                 host: Host::Name(name.to_owned()),
                 port: KUBELET_PORT,
             };
-            inputs.routes.route(&destination, &inputs.table, known)
+            inputs
+                .routes
+                .route(&destination, &inputs.table, Elsewhere::Refuse, known)
         };
         hosts(&inputs.table, ours, &self.dns.domains, route)
     }

@@ -28,6 +28,7 @@ use proto::{AgentName, Destination, Host, Reason};
 use super::nodes::{Node, Nodes};
 use super::pods::{Found, Pod, Pods};
 use super::services::Services;
+use crate::config::Elsewhere;
 use crate::error::Refusal;
 use crate::route::{Presence, Route, RouteTable};
 
@@ -51,8 +52,28 @@ pub(crate) struct Reach {
     pub(crate) pools: RouteTable,
 }
 
-/// What is known of the agent of a name.
-type Ask<'a> = &'a dyn Fn(&AgentName) -> Presence;
+/// Who asks.
+#[derive(Clone, Copy)]
+struct Ask<'a> {
+    presence: &'a dyn Fn(&AgentName) -> Presence,
+    elsewhere: Elsewhere,
+}
+
+impl Ask<'_> {
+    /// What is known of the agent of that name.
+    fn presence(self, agent: &AgentName) -> Presence {
+        (self.presence)(agent)
+    }
+
+    fn knows(self, agent: &AgentName) -> bool {
+        self.presence(agent).is_known()
+    }
+
+    /// Whether what is not at the edge is dialled for him.
+    fn dials(self) -> bool {
+        self.elsewhere == Elsewhere::Direct
+    }
+}
 
 /// The nodes of one moment, and who claims which name and address.
 #[derive(Debug, Default)]
@@ -130,23 +151,27 @@ impl ClusterTable {
     }
 
     /// Routes a destination; `None` if nothing of the cluster has anything to do with it. `presence` says what is known of
-    /// the agent of a name.
+    /// the agent of a name, `elsewhere` what who asks gets of what is not at the edge.
     ///
     /// # Errors
     /// [`Reason::AmbiguousDestination`], never a guess.
     pub fn route<P: Into<Presence>>(
         &self,
         destination: &Destination,
+        elsewhere: Elsewhere,
         presence: impl Fn(&AgentName) -> P,
     ) -> Option<Result<Route, Refusal>> {
-        let presence: Ask<'_> = &|agent| presence(agent).into();
-        let known = |agent: &AgentName| presence(agent).is_known();
+        let ask = Ask {
+            presence: &|agent| presence(agent).into(),
+            elsewhere,
+        };
+        let known = |agent: &AgentName| ask.knows(agent);
         match &destination.host {
             Host::Name(name) => {
                 if let Some(node) = self.nodes.get(name) {
                     let to = aim(destination, node.dialled(name));
                     return self
-                        .by_node_port(node, destination, presence)
+                        .by_node_port(node, destination, ask)
                         .or_else(|| Some(Ok(towards(node, destination, to, None, known))));
                 }
                 if let Some(claims) = self.aliases.get(name) {
@@ -160,22 +185,25 @@ impl ClusterTable {
                 }
                 let reach = self.reach.as_ref()?;
                 match reach.pods.named(name, &reach.domain) {
-                    Found::Pods(found) => {
+                    Found::Pods(found, at) => {
                         let to = |pod: &Pod, node: &Node| {
-                            let own = pod.addresses.first().copied().map(Host::Ip);
-                            aim(destination, own.or_else(|| node.dialled(name)))
+                            let own = at.or_else(|| pod.addresses.first().copied());
+                            aim(
+                                destination,
+                                own.map(Host::Ip).or_else(|| node.dialled(name)),
+                            )
                         };
                         Some(self.of_pods(&found, &[], format_args!("name {name}"), to, known))
                     }
                     Found::Missing(refusal) => Some(Err(refusal)),
-                    Found::Nothing => self.by_service_name(name, destination, presence),
+                    Found::Nothing => self.by_service_name(name, destination, ask),
                 }
             }
             Host::Ip(ip) => self
-                .by_cluster_ip(*ip, destination, presence)
-                .or_else(|| self.by_port_of_node(*ip, destination, presence))
+                .by_cluster_ip(*ip, destination, ask)
+                .or_else(|| self.by_port_of_node(*ip, destination, ask))
                 .or_else(|| self.by_address(*ip, destination, known))
-                .or_else(|| self.by_balancer(*ip, destination, presence))
+                .or_else(|| self.by_balancer(*ip, destination, ask))
                 .or_else(|| self.of_network(*ip, destination, known)),
         }
     }
@@ -185,14 +213,14 @@ impl ClusterTable {
         &self,
         ip: IpAddr,
         destination: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Option<Result<Route, Refusal>> {
         let [node] = self.addresses.get(&ip)?.as_slice() else {
             return None;
         };
         let is_a_pods = !self.reach.as_ref()?.pods.at(ip).is_empty();
         (!is_a_pods)
-            .then(|| self.by_node_port(node, destination, presence))
+            .then(|| self.by_node_port(node, destination, ask))
             .flatten()
     }
 
@@ -453,7 +481,7 @@ mod tests {
 
     fn route_in(table: &ClusterTable, to: &str) -> String {
         let to: Destination = format!("{to}:10250").parse().unwrap();
-        match table.route(&to, |agent| agent.as_str() == "joined") {
+        match table.route(&to, Elsewhere::Refuse, |agent| agent.as_str() == "joined") {
             None => "unknown".into(),
             Some(Ok(Route::Elsewhere(_))) => "elsewhere".into(),
             Some(Ok(Route::Edge {
@@ -537,7 +565,9 @@ mod tests {
             (claim.name.clone(), Arc::new(claim))
         };
         let table = ClusterTable::new((0..9).map(claim).collect());
-        let refused = table.route(&"203.0.113.9:1".parse().unwrap(), |_| false);
+        let refused = table.route(&"203.0.113.9:1".parse().unwrap(), Elsewhere::Refuse, |_| {
+            false
+        });
         let sentence = refused.unwrap().unwrap_err().sentence;
         assert!(
             sentence.contains("n0 and n1 and n2 and n3 and n4 and 4 more:"),
@@ -675,7 +705,9 @@ mod tests {
             ("edge1:80", None),
             ("10.0.0.1:80", None),
         ] {
-            let route = table.route(&to.parse().unwrap(), |_| false).unwrap();
+            let route = table
+                .route(&to.parse().unwrap(), Elsewhere::Refuse, |_| false)
+                .unwrap();
             let Ok(Route::Edge { pod: told, .. }) = route else {
                 panic!("{to}: {route:?}")
             };
@@ -704,7 +736,7 @@ mod tests {
                 let ip: IpAddr = format!("10.0.0.{host}").parse().unwrap();
                 let to = format!("{ip}:1").parse().unwrap();
                 let owners: Vec<_> = nodes.values().filter(|node| node.addresses.contains(&ip)).collect();
-                match table.route(&to, |_| false) {
+                match table.route(&to, Elsewhere::Refuse, |_| false) {
                     None => prop_assert!(owners.is_empty()),
                     Some(Ok(Route::Elsewhere(_))) => prop_assert!(owners.iter().all(|node| !node.edge)),
                     Some(Ok(Route::Edge { agent, node, .. })) => {

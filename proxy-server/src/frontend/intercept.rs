@@ -209,8 +209,10 @@ impl Intercept {
             named: None,
             original,
         };
-        let at_edge =
-            |to: &Destination| Ok(matches!(self.forwarder.route(to)?, Route::Edge { .. }));
+        let at_edge = |to: &Destination| {
+            let route = self.forwarder.route(to, Elsewhere::Refuse)?;
+            Ok(matches!(route, Route::Edge { .. }))
+        };
         let need_no_name = clues.need_no_name(&at_edge);
         let patience = if need_no_name {
             deadline.min(Instant::now() + SILENCE)

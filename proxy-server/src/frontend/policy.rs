@@ -224,7 +224,8 @@ impl Policy {
         named.then_some(()).ok_or_else(refusal)
     }
 
-    /// Decides about a routed request, by the port that is dialled in the end.
+    /// Decides about a routed request: at the edge by the port that is dialled in the end, elsewhere by the one that was asked
+    /// for.
     ///
     /// # Errors
     /// [`Reason::NotAllowed`] in a sentence for the requester.
@@ -238,7 +239,11 @@ impl Policy {
             Self::Open => return Ok(()),
             Self::Listed(rules) => rules,
         };
-        decide(rules, requester, route.into(), route.to().port).map_or_else(
+        let port = match route {
+            Route::Edge { to, .. } => to.port,
+            Route::Elsewhere(_) => asked.port,
+        };
+        decide(rules, requester, route.into(), port).map_or_else(
             |Denied| {
                 let detail = format!("{requester} may not ask for it");
                 Err(Refusal::detailed(asked, Reason::NotAllowed, &detail))

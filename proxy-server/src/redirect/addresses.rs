@@ -240,7 +240,7 @@ mod tests {
     use super::*;
     use crate::cluster::nodes::tests::{node, trim};
     use crate::cluster::nodes::{AGENT, Nodes};
-    use crate::config::Kubernetes;
+    use crate::config::{Elsewhere, Kubernetes};
     use crate::route::Route;
     use crate::route::tests::entry;
 
@@ -433,7 +433,7 @@ mod tests {
                 let times = led.iter().filter(|net| net.contains(&ip)).count();
                 prop_assert!(times <= 1);
                 let to = Destination { host: Host::Ip(ip), port: 10250 };
-                let route = routes.route(&to, &cluster, |_| false);
+                let route = routes.route(&to, &cluster, Elsewhere::Refuse, |_| false);
                 let claims = cluster.addresses();
                 let claims = claims.get(&ip).copied().unwrap_or_default();
                 let uncontradicted = match &route {

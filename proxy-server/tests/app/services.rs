@@ -12,6 +12,7 @@ use crate::stack::{Stack, allow, eventually, shouter, within};
 
 const ON: &str = "kubernetes: {kubeconfig: KUBECONFIG, pods: {}, services: {}}";
 const IDLE: &str = "502 service default/web has no ready endpoint";
+const NOT_AT_EDGE: &str = "403 service default/web has no endpoint at the edge";
 
 fn service(name: &str, spec: &Value) -> Value {
     json!({"metadata": {"namespace": "default", "name": name}, "spec": spec, "status": {"loadBalancer": {}}})
@@ -237,7 +238,7 @@ async fn services_and_endpoints_come_change_and_go() {
         assert!(line.contains(UNKNOWN), "{to}: {line}");
     }
     api.put_service(plain("web", "10.96.0.1"));
-    is_told(&stack, "web.default.svc:80", IDLE).await;
+    is_told(&stack, "web.default.svc:80", NOT_AT_EDGE).await;
     api.put_slice(slice("web-1", "web", 8080, &[of_pod("a", "10.244.1.5")]));
     is_told(&stack, "web.default.svc:80", "503 node edge1: no session").await;
     // Another pod, and another address of the Service.
@@ -248,7 +249,7 @@ async fn services_and_endpoints_come_change_and_go() {
     is_told(&stack, "10.96.0.1:80", UNKNOWN).await;
     // It goes to the cloud, and comes back by another slice.
     api.put_slice(slice("web-1", "web", 8080, &[of_pod("c", "10.244.0.5")]));
-    is_told(&stack, "10.96.0.2:80", UNKNOWN).await;
+    is_told(&stack, "10.96.0.2:80", NOT_AT_EDGE).await;
     api.put_slice(slice("web-2", "web", 8080, &[of_pod("a", "10.244.1.5")]));
     is_told(&stack, "10.96.0.2:80", "503 node edge1").await;
     // The pod behind an endpoint moves before its slice tells.
@@ -306,6 +307,41 @@ async fn services_stay_while_the_apiserver_is_away_and_are_read_anew_after_it() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn objects_as_large_as_they_may_be_keep_nothing_from_being_read() {
+    let api = Api::start().await;
+    api.put(edge("edge1", &["192.168.1.10"]));
+    let fat = || json!({"a": "x".repeat(250 << 10)});
+    for i in 0..60 {
+        let mut large = pod(&format!("p{i:02}"), "edge1", &format!("10.244.1.{}", i + 1));
+        large["metadata"]["annotations"] = fat();
+        api.put_pod(large);
+        let mut large = plain(&format!("s{i:02}"), &format!("10.96.0.{}", i + 1));
+        large["metadata"]["annotations"] = fat();
+        api.put_service(large);
+        let name = format!("s{i:02}");
+        let behind = [of_pod(&format!("p{i:02}"), &format!("10.244.1.{}", i + 1))];
+        let mut large = slice(&name, &name, 8080, &behind);
+        large["metadata"]["annotations"] = fat();
+        api.put_slice(large);
+    }
+    let stack = start(&api, ON);
+    for to in ["10.244.1.60:80", "10.96.0.60:80", "s59.default.svc:80"] {
+        is_told(&stack, to, "503 node edge1: no session").await;
+    }
+    // Many of them in one watch, too.
+    for _ in 0..8 {
+        for i in 0..60 {
+            let mut large = plain(&format!("s{i:02}"), &format!("10.96.1.{}", i + 1));
+            large["metadata"]["annotations"] = fat();
+            api.put_service(large);
+        }
+    }
+    is_told(&stack, "10.96.1.60:80", "503 node edge1: no session").await;
+    assert_eq!(api.seen("services"), 2, "two pages, and one watch");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_service_or_a_slice_says_falsely_leads_nowhere() {
     let api = Api::start().await;
     api.put(edge("edge1", &["192.168.1.10"]));
@@ -348,29 +384,43 @@ async fn what_a_service_or_a_slice_says_falsely_leads_nowhere() {
     let stack = start(&api, ON);
     is_told(&stack, "10.96.0.3:80", "503 node edge1: no session").await;
     is_told(&stack, "10.96.0.4:80", "503 node edge1: no session").await;
-    is_told(&stack, "10.96.0.2:10250", UNKNOWN).await;
+    let cloud = "403 service default/cloud has no endpoint at the edge";
+    is_told(&stack, "10.96.0.2:10250", cloud).await;
     is_told(&stack, "192.168.1.11:10250", "503 node edge2: no session").await;
-    for lie in [
-        json!({"addresses": ["169.254.169.254"]}),
-        json!({"addresses": ["127.0.0.1"]}),
-        json!({"addresses": ["::1"]}),
-        json!({"addresses": ["localhost"]}),
-        json!({"addresses": []}),
+    for (lie, said) in [
+        (json!({"addresses": ["169.254.169.254"]}), NOT_AT_EDGE),
+        (json!({"addresses": ["127.0.0.1"]}), NOT_AT_EDGE),
+        (json!({"addresses": ["::1"]}), NOT_AT_EDGE),
+        (json!({"addresses": ["localhost"]}), NOT_AT_EDGE),
+        (json!({"addresses": []}), NOT_AT_EDGE),
         // A pod at the edge, at an address that is not its own.
-        of_pod("a", "10.244.0.5"),
-        of_pod("a", "192.168.1.10"),
-        // One of another namespace.
-        json!({"addresses": ["10.244.1.9"], "targetRef": {"kind": "Pod", "namespace": "other", "name": "secret"}}),
+        (of_pod("a", "10.244.0.5"), IDLE),
+        (of_pod("a", "192.168.1.10"), IDLE),
+        // One of another namespace, by its name and by its address.
+        (
+            json!({"addresses": ["10.244.1.9"], "targetRef": {"kind": "Pod", "namespace": "other", "name": "secret"}}),
+            NOT_AT_EDGE,
+        ),
+        (
+            json!({"addresses": ["10.244.1.9"], "nodeName": "edge1"}),
+            NOT_AT_EDGE,
+        ),
+        // What a kubelet claims, and no slice says.
+        (json!({"addresses": ["192.168.1.11"]}), NOT_AT_EDGE),
+        (
+            json!({"addresses": ["192.168.1.11"], "nodeName": "edge1"}),
+            NOT_AT_EDGE,
+        ),
     ] {
         api.put_slice(slice("web", "web", 80, std::slice::from_ref(&lie)));
-        is_told(&stack, "10.96.0.1:80", IDLE).await;
+        is_told(&stack, "10.96.0.1:80", said).await;
         // The next lie is seen to be one only if this one was put right in between.
         api.put_slice(slice("web", "web", 80, &[of_pod("a", "10.244.1.5")]));
         is_told(&stack, "10.96.0.1:80", "503 node edge1").await;
     }
     // Nobody's: as any address of which nothing is known.
     api.put_slice(slice("web", "web", 80, &[of_pod("nobody", "10.244.1.5")]));
-    is_told(&stack, "10.96.0.1:80", UNKNOWN).await;
+    is_told(&stack, "10.96.0.1:80", NOT_AT_EDGE).await;
     stack.stop().await;
 }
 
@@ -384,7 +434,7 @@ async fn rules_are_about_the_node_and_port_that_are_dialled() {
         "sly",
         "sly",
         10_250,
-        &[json!({"addresses": ["192.168.1.10"]})],
+        &[json!({"addresses": ["192.168.1.10"], "nodeName": "edge1"})],
     ));
     api.put_service(service(
         "name",

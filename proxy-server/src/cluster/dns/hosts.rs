@@ -112,7 +112,7 @@ mod tests {
 
     use super::*;
     use crate::cluster::nodes::tests::{node, trim};
-    use crate::config::{Kubernetes, RouteEntry};
+    use crate::config::{Elsewhere, Kubernetes, RouteEntry};
     use crate::route::RouteTable;
 
     fn table(nodes: impl IntoIterator<Item = Value>) -> ClusterTable {
@@ -147,7 +147,12 @@ mod tests {
         let known = |agent: &AgentName| agent.as_str() == "joined";
         hosts(table, &ours, &domains, |name| {
             let host = Host::Name(name.to_owned());
-            routes.route(&Destination { host, port: 1 }, table, known)
+            routes.route(
+                &Destination { host, port: 1 },
+                table,
+                Elsewhere::Refuse,
+                known,
+            )
         })
     }
 

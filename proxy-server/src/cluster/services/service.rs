@@ -20,6 +20,8 @@ pub(crate) struct Service {
     pub(crate) kind: Kind,
     /// Those of TCP.
     pub(crate) ports: Vec<Port>,
+    /// It has no port at all, of no protocol.
+    pub(crate) is_portless: bool,
     /// What its load balancer has, if it leads to this Service alone.
     pub(crate) balanced: Vec<IpAddr>,
     /// `externalTrafficPolicy: Local`: a NodePort leads to endpoints of its node.
@@ -70,11 +72,12 @@ impl Service {
             !is_for_some && ingress.ip_mode.as_deref() != Some("Proxy")
         };
         let ingress = ingress.into_iter().flatten().filter(leads);
-        let ports = spec.ports.iter().flatten();
+        let ports = spec.ports.unwrap_or_default();
         Self {
             key: follow::key(watched),
             kind,
-            ports: ports.filter_map(Port::trim).take(MOST).collect(),
+            is_portless: ports.is_empty(),
+            ports: ports.iter().filter_map(Port::trim).take(MOST).collect(),
             balanced: addresses(ingress.filter_map(|ingress| ingress.ip.as_deref())),
             stays_local: spec.external_traffic_policy.as_deref() == Some("Local"),
         }

@@ -4,7 +4,9 @@
 //! | --- | --- |
 //! | said to be a pod, which is known and has that address | its node |
 //! | said to be a pod, which is not known, or has another address | nowhere |
-//! | only an address | as that address, if it were asked for; never as a Service again |
+//! | only an address: of the node that it is said to be on, and of no other node and no pod | that node |
+//! | only an address: in the configured networks of a pool's pods | its agent |
+//! | only an address | elsewhere. What a kubelet claims alone draws no Service to it |
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,11 +14,10 @@ use std::sync::Arc;
 use proto::wire::PodPort;
 use proto::{AgentName, Destination, Host};
 
-use super::{Ask, ClusterTable};
+use super::{Ask, ClusterTable, towards};
 use crate::cluster::nodes::Node;
 use crate::cluster::pods::{Pod, dashed};
 use crate::cluster::services::{Endpoint, Service, Slice};
-use crate::error::Refusal;
 use crate::route::{Presence, Route};
 
 /// Endpoints of a Service that are looked at for a request, more than anybody has.
@@ -39,15 +40,12 @@ pub(super) struct Survey {
     /// Ready ones at the edge, and others.
     near: Vec<Candidate>,
     far: Vec<Candidate>,
-    /// There is any, ready or not.
-    is_any: bool,
-    is_at_edge: bool,
+    /// One of them, ready or not, is at the edge.
+    pub(super) is_at_edge: bool,
     /// The Service has the port that was asked for.
     pub(super) has_port: bool,
     /// The one that was asked for is there, ready or not.
     pub(super) is_called: bool,
-    /// Why one that is ready is no candidate.
-    why: Option<Refusal>,
 }
 
 /// A ready endpoint that can be dialled.
@@ -76,8 +74,6 @@ enum Way {
 #[derive(Debug)]
 enum Place {
     At(Way),
-    /// At the edge, but not to be told from another.
-    Refused(Refusal),
     /// What is said of it is not so; it would be at the edge.
     Nowhere(bool),
 }
@@ -93,7 +89,7 @@ impl Door<'_> {
         if by_address && slice.ports.iter().any(|(_, port)| *port == asked) {
             return Some(declared(asked));
         }
-        if by_address && slice.ports.is_empty() && service.ports.is_empty() {
+        if by_address && slice.ports.is_empty() && service.is_portless {
             return Some(Port {
                 number: asked,
                 is_declared: false,
@@ -147,7 +143,7 @@ impl ClusterTable {
         service: &Service,
         door: Door<'_>,
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Survey {
         let slices = self.services().map(|all| all.behind(service));
         let slices = slices.unwrap_or_default();
@@ -162,49 +158,35 @@ impl ClusterTable {
         });
         for (endpoint, port) in endpoints.take(MOST) {
             let number = port.map_or(asked.port, |port| port.number);
-            let place = self.place(endpoint, number, presence);
-            let is_near = place.is_edge(presence);
+            let place = self.place(endpoint, number, ask);
+            let is_near = place.is_edge(ask);
             let is_meant = door.calls(endpoint) && door.opens_to(service, endpoint, &place);
-            survey.is_any = true;
             survey.is_at_edge |= is_near;
             survey.is_called |= door.calls(endpoint);
             survey.has_port |= port.is_some();
             let (true, true, Some(port)) = (is_meant, endpoint.is_ready, port) else {
                 continue;
             };
-            match place {
-                Place::At(way) => {
-                    let address = endpoint.address;
-                    let of = if is_near {
-                        &mut survey.near
-                    } else {
-                        &mut survey.far
-                    };
-                    of.push(Candidate { address, port, way });
-                }
-                Place::Refused(refusal) => survey.why = Some(refusal),
-                Place::Nowhere(_) => {}
-            }
+            let Place::At(way) = place else { continue };
+            let address = endpoint.address;
+            let of = if is_near {
+                &mut survey.near
+            } else {
+                &mut survey.far
+            };
+            of.push(Candidate { address, port, way });
         }
         survey
     }
 
-    fn place(&self, endpoint: &Endpoint, port: u16, presence: Ask<'_>) -> Place {
+    fn place(&self, endpoint: &Endpoint, port: u16, ask: Ask<'_>) -> Place {
         let Endpoint { address, .. } = endpoint;
         let Some(key) = &endpoint.pod else {
             let to = Destination {
                 host: Host::Ip(*address),
                 port,
             };
-            let known = |agent: &AgentName| presence(agent).is_known();
-            let route = self
-                .by_address(*address, &to, known)
-                .or_else(|| self.of_network(*address, &to, known));
-            return match route {
-                None => Place::At(Way::Address(Route::Elsewhere(to))),
-                Some(Ok(route)) => Place::At(Way::Address(route)),
-                Some(Err(refusal)) => Place::Refused(refusal),
-            };
+            return Place::At(Way::Address(self.bare(endpoint, to, ask)));
         };
         let pod = self.reach.as_ref().and_then(|reach| reach.pods.called(key));
         let on = |name: &str| self.nodes.get(name);
@@ -219,16 +201,38 @@ impl ClusterTable {
         }
         let said = [endpoint.node.as_deref(), pod.as_ref().map(|pod| &*pod.node)];
         let mut said = said.into_iter().flatten().filter_map(on);
-        Place::Nowhere(said.any(|node| node.is_edge(|agent| presence(agent).is_known())))
+        Place::Nowhere(said.any(|node| node.is_edge(|agent| ask.knows(agent))))
+    }
+
+    /// The way to an endpoint that is only an address.
+    fn bare(&self, endpoint: &Endpoint, to: Destination, ask: Ask<'_>) -> Route {
+        let Endpoint { address, node, .. } = endpoint;
+        let Some(reach) = &self.reach else {
+            return Route::Elsewhere(to);
+        };
+        if !reach.pods.at(*address).is_empty() {
+            return Route::Elsewhere(to);
+        }
+        let claims = self.addresses.get(address).map_or(&[][..], Vec::as_slice);
+        match claims {
+            [claimant] if node.as_deref() == Some(&claimant.name) => {
+                towards(claimant, &to.clone(), to, None, |agent| ask.knows(agent))
+            }
+            [] => match reach.pools.by_address(*address, &to) {
+                Some(Ok(route)) => route,
+                Some(Err(_)) | None => Route::Elsewhere(to),
+            },
+            _ => Route::Elsewhere(to),
+        }
     }
 }
 
 impl Way {
     /// The node at the edge that it leads to.
-    fn edge(&self, presence: Ask<'_>) -> Option<(&AgentName, &str)> {
+    fn edge(&self, ask: Ask<'_>) -> Option<(&AgentName, &str)> {
         match self {
             Self::Pod(_, node) => node
-                .is_edge(|agent| presence(agent).is_known())
+                .is_edge(|agent| ask.knows(agent))
                 .then_some((&node.agent, &node.name)),
             Self::Address(Route::Edge { agent, node, .. }) => Some((agent, node)),
             Self::Address(Route::Elsewhere(_)) => None,
@@ -237,10 +241,9 @@ impl Way {
 }
 
 impl Place {
-    fn is_edge(&self, presence: Ask<'_>) -> bool {
+    fn is_edge(&self, ask: Ask<'_>) -> bool {
         match self {
-            Self::At(way) => way.edge(presence).is_some(),
-            Self::Refused(_) => true,
+            Self::At(way) => way.edge(ask).is_some(),
             Self::Nowhere(is_edge) => *is_edge,
         }
     }
@@ -250,43 +253,43 @@ impl Place {
         match self {
             Self::At(Way::Pod(_, node)) => Some(&node.name),
             Self::At(Way::Address(Route::Edge { node, .. })) => Some(node),
-            Self::At(Way::Address(Route::Elsewhere(_))) | Self::Refused(_) | Self::Nowhere(_) => {
-                None
-            }
+            Self::At(Way::Address(Route::Elsewhere(_))) | Self::Nowhere(_) => None,
         }
     }
 }
 
 impl Survey {
-    /// Whether there is something, and nothing of it is at the edge.
-    pub(super) const fn is_elsewhere(&self) -> bool {
-        self.is_any && !self.is_at_edge
+    /// Whether any that is ready is not at the edge.
+    pub(super) const fn is_ready_elsewhere(&self) -> bool {
+        !self.far.is_empty()
     }
 
-    /// One of those that can be dialled: at the edge with an agent that can be reached; else elsewhere, where not every
-    /// frontend dials; else at the edge, so that who asked is told why not. Of equals any.
-    ///
-    /// # Errors
-    /// There is none; and why, if one was ready.
-    pub(super) fn choose(self, presence: Ask<'_>) -> Result<Route, Option<Refusal>> {
+    /// Any of those that can be reached: at the edge with an agent that is there, and elsewhere if that is dialled at all.
+    /// Else one whose agent is not there, so that who asked is told why not. `None` if none is ready.
+    pub(super) fn choose(self, ask: Ask<'_>) -> Option<Route> {
         let is_present = |candidate: &Candidate| {
-            let edge = candidate.way.edge(presence);
-            edge.is_some_and(|(agent, _)| presence(agent) == Presence::Present)
+            let edge = candidate.way.edge(ask);
+            edge.is_some_and(|(agent, _)| ask.presence(agent) == Presence::Present)
         };
-        let (present, absent) = self.near.into_iter().partition(is_present);
-        let by_rank = [(present, true), (self.far, false), (absent, true)];
-        let best: Option<(Vec<_>, bool)> = by_rank.into_iter().find(|(all, _)| !all.is_empty());
-        let Some((mut all, is_near)) = best else {
-            return Err(self.why);
-        };
+        let (mut all, absent): (Vec<_>, Vec<_>) = self.near.into_iter().partition(is_present);
+        if ask.dials() {
+            all.extend(self.far);
+        }
+        if all.is_empty() {
+            all = absent;
+        }
+        if all.is_empty() {
+            return None;
+        }
         let chosen = all.swap_remove(rand::random_range(0..all.len()));
-        Ok(chosen.route(is_near))
+        Some(chosen.route(ask))
     }
 }
 
 impl Candidate {
-    fn route(self, is_near: bool) -> Route {
+    fn route(self, ask: Ask<'_>) -> Route {
         let port = self.port.number;
+        let is_near = self.way.edge(ask).is_some();
         let (pod, node) = match self.way {
             Way::Pod(pod, node) => (pod, node),
             Way::Address(route) => return route,

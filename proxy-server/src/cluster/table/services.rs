@@ -2,10 +2,10 @@
 //!
 //! | Service | route |
 //! | --- | --- |
-//! | none of its endpoints is at the edge | as without Services: not at the edge, what was asked for is dialled |
+//! | none of its endpoints is at the edge, as far as is known | as without Services: what was asked for is dialled; where nothing is dialled, refused |
 //! | it has no such TCP port | refused, with those that it has |
-//! | endpoints that are ready | one at the edge whose agent can be reached; else one elsewhere; else one at the edge; of equals any |
-//! | none is ready, or there is none | refused |
+//! | endpoints that are ready | any of those at the edge whose agent can be reached, and of those elsewhere if they are dialled; else one at the edge |
+//! | one is at the edge, and none is ready | refused |
 //! | `ExternalName` | that name is routed in its place, once ([`RouteTable`](crate::route::RouteTable)) |
 //!
 //! Rules are about the node and the port that are dialled in the end, not about the Service.
@@ -20,7 +20,7 @@ use super::{Ask, ClusterTable, Reach};
 use crate::cluster::nodes::{KUBELET_PORT, Node};
 use crate::cluster::services::{Kind, Named, Service, Services};
 use crate::error::Refusal;
-use crate::route::{Presence, Route};
+use crate::route::Route;
 
 /// Ports of nodes that are no NodePorts, whatever a Service says: kubelets' and exporters'.
 const OF_NODES: [u16; 3] = [KUBELET_PORT, 10_255, 9_100];
@@ -31,12 +31,20 @@ impl ClusterTable {
         &self,
         name: &str,
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Option<Result<Route, Refusal>> {
         let Reach {
-            services, domain, ..
+            pods,
+            services,
+            domain,
+            ..
         } = self.reach.as_ref()?;
-        match services.as_ref()?.named(name, domain) {
+        let named = match services.as_ref()?.named(name, domain) {
+            // What is behind it is not known yet.
+            Named::Service(..) if !pods.are_known() => Named::Unread,
+            named => named,
+        };
+        match named {
             Named::Service(service, None) if matches!(service.kind, Kind::External(_)) => {
                 let sentence = format!(
                     "service {} is another name, and was led to by one",
@@ -47,13 +55,13 @@ impl ClusterTable {
             Named::Service(service, Some(_)) if matches!(service.kind, Kind::External(_)) => None,
             Named::Service(service, host) => {
                 let door = host.as_deref().map_or(Door::Service, Door::Endpoint);
-                Some(self.of_service(&service, door, asked, presence))
+                Some(self.of_service(&service, door, asked, ask))
             }
             // Else it would lead to an agent that is called like a Service.
             Named::Unread => {
                 let agent = name.parse::<AgentName>().ok()?;
                 let sentence = || format!("name {name}: the cluster's services are not read yet");
-                (presence(&agent) != Presence::Unknown).then(|| Err(unknown(sentence())))
+                ask.knows(&agent).then(|| Err(unknown(sentence())))
             }
             Named::Nothing => None,
         }
@@ -89,10 +97,10 @@ impl ClusterTable {
         &self,
         ip: IpAddr,
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Option<Result<Route, Refusal>> {
         let found = self.services()?.at(ip);
-        self.one_service(&found, asked, presence)
+        self.one_service(&found, asked, ask)
     }
 
     /// Routes to a Service by an address of its load balancer.
@@ -100,17 +108,13 @@ impl ClusterTable {
         &self,
         ip: IpAddr,
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Option<Result<Route, Refusal>> {
         let found = self.services()?.balanced(ip);
         let has = |service: &&Arc<Service>| service.ports.iter().any(|it| it.port == asked.port);
         let having: Vec<_> = found.iter().filter(has).cloned().collect();
-        match (&found[..], &having[..]) {
-            // Several share the balancer, and none has that port.
-            ([_, _, ..], []) => None,
-            (_, []) => self.one_service(&found, asked, presence),
-            (_, having) => self.one_service(having, asked, presence),
-        }
+        // A balancer may have more ports than those of a Service.
+        self.one_service(&having, asked, ask)
     }
 
     /// Routes to a Service by a port of that node.
@@ -118,7 +122,7 @@ impl ClusterTable {
         &self,
         node: &Node,
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Option<Result<Route, Refusal>> {
         if OF_NODES.contains(&asked.port) || asked.port == node.kubelet_port {
             return None;
@@ -126,14 +130,17 @@ impl ClusterTable {
         // kube-apiserver gives a port to one Service alone.
         let found = self.services()?.on_nodes(asked.port);
         let [service] = &found[..] else { return None };
-        match self.of_service(service, Door::Node(node), asked, presence) {
+        match self.of_service(service, Door::Node(node), asked, ask) {
             Ok(Route::Elsewhere(to)) if to == *asked => None,
             route => Some(route),
         }
     }
 
+    /// The Services, once it is known which pods there are behind them.
     pub(super) fn services(&self) -> Option<&Services> {
-        self.reach.as_ref()?.services.as_deref()
+        let reach = self.reach.as_ref()?;
+        let services = reach.services.as_deref()?;
+        reach.pods.are_known().then_some(services)
     }
 
     /// Routes to the one Service that has an address.
@@ -141,11 +148,11 @@ impl ClusterTable {
         &self,
         found: &[Arc<Service>],
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Option<Result<Route, Refusal>> {
         match found {
             [] => None,
-            [service] => Some(self.of_service(service, Door::Service, asked, presence)),
+            [service] => Some(self.of_service(service, Door::Service, asked, ask)),
             several => Some(Err(Refusal {
                 reason: Reason::AmbiguousDestination,
                 sentence: format!(
@@ -162,11 +169,16 @@ impl ClusterTable {
         service: &Service,
         door: Door<'_>,
         asked: &Destination,
-        presence: Ask<'_>,
+        ask: Ask<'_>,
     ) -> Result<Route, Refusal> {
-        let survey = self.survey(service, door, asked, presence);
-        if survey.is_elsewhere() {
-            return Ok(Route::Elsewhere(asked.clone()));
+        let survey = self.survey(service, door, asked, ask);
+        if !survey.is_at_edge {
+            // Another frontend might dial it, and a port of a node may be the node's own.
+            if ask.dials() || matches!(door, Door::Node(_)) {
+                return Ok(Route::Elsewhere(asked.clone()));
+            }
+            let sentence = format!("service {} has no endpoint at the edge", service.key);
+            return Err(unknown(sentence));
         }
         if let Door::Service | Door::Endpoint(_) = door
             && !survey.has_port
@@ -184,16 +196,18 @@ impl ClusterTable {
             let sentence = format!("service {} has no endpoint {host}", service.key);
             return Err(unknown(sentence));
         }
-        survey.choose(presence).map_err(|why| {
+        let is_elsewhere = survey.is_ready_elsewhere();
+        survey.choose(ask).ok_or_else(|| {
             let on = match door {
                 Door::Endpoint(host) => format!(" {host}"),
                 Door::Node(node) if service.stays_local => format!(" on node {}", node.name),
+                Door::Service | Door::Node(_) if is_elsewhere => " at the edge".to_owned(),
                 Door::Service | Door::Node(_) => String::new(),
             };
-            why.unwrap_or_else(|| Refusal {
+            Refusal {
                 reason: Reason::DialUnreachable,
                 sentence: format!("service {} has no ready endpoint{on}", service.key),
-            })
+            }
         })
     }
 }

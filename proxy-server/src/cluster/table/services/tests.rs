@@ -9,9 +9,9 @@ use super::*;
 use crate::cluster::nodes::tests::{node, trim};
 use crate::cluster::pods::tests::pods;
 use crate::cluster::services::tests::{service, services, slice};
-use crate::config::Kubernetes;
-use crate::route::RouteTable;
+use crate::config::{Elsewhere, Kubernetes};
 use crate::route::tests::entry;
+use crate::route::{Presence, RouteTable};
 
 fn nodes() -> super::super::Nodes {
     let edge = json!({"openyurt.io/is-edge-worker": "true"});
@@ -85,6 +85,10 @@ fn table() -> ClusterTable {
         plain("host", "10.96.0.8"),
         plain("bare", "10.96.0.9"),
         plain("loop", "10.96.0.10"),
+        plain("machine", "10.96.0.21"),
+        plain("claimed", "10.96.0.22"),
+        plain("misled", "10.96.0.23"),
+        plain("twice", "10.96.0.24"),
         service(
             "d/local",
             &json!({"clusterIP": "10.96.0.11", "externalTrafficPolicy": "Local", "ports": [
@@ -115,9 +119,9 @@ fn table() -> ClusterTable {
         external("number", "127.0.0.1"),
         external("configured", "press"),
     ];
-    let bare = |name: &str, ips: &[&str]| {
-        let endpoints: Vec<_> = ips.iter().map(|ip| json!({"addresses": [ip]})).collect();
-        slice(&format!("d/{name}-1"), name, &ports, &json!(endpoints))
+    let bare = |name: &str, ip: &str, node: Option<&str>| {
+        let endpoints = json!([{"addresses": [ip], "nodeName": node}]);
+        slice(&format!("d/{name}-1"), name, &ports, &endpoints)
     };
     let slices = vec![
         behind(
@@ -144,8 +148,12 @@ fn table() -> ClusterTable {
             ],
         ),
         behind("host", &ports, &["host 192.168.1.10 edge1"]),
-        bare("bare", &["10.244.2.7"]),
-        bare("loop", &["10.96.0.1"]),
+        bare("bare", "10.244.2.7", Some("edge2")),
+        bare("loop", "10.96.0.1", None),
+        bare("machine", "192.168.1.11", Some("edge2")),
+        bare("claimed", "192.168.1.11", None),
+        bare("misled", "192.168.1.11", Some("edge1")),
+        bare("twice", "192.168.1.99", Some("edge2")),
         behind(
             "local",
             &json!([{"name": "http", "port": 8080}, {"name": "k", "port": 8081}]),
@@ -205,9 +213,11 @@ fn say(route: Result<Route, Refusal>) -> String {
 
 fn route_in(table: &ClusterTable, to: &str) -> String {
     let routes = RouteTable::new(&[entry("press", Some("site-a"), &["10.9.0.7"])]);
-    say(routes.route(&to.parse().unwrap(), table, |agent| {
-        ["agent.d.svc", "edge1", "edge2"].contains(&agent.as_str())
-    }))
+    say(
+        routes.route(&to.parse().unwrap(), table, Elsewhere::Direct, |agent| {
+            ["agent.d.svc", "edge1", "edge2"].contains(&agent.as_str())
+        }),
+    )
 }
 
 #[test]
@@ -228,23 +238,24 @@ fn services_lead_to_what_is_ready_behind_them() {
         ),
         ("idle.d.svc:80", idle),
         ("10.96.0.4:80", idle),
-        (
-            "empty.d.svc:80",
-            "dial_unreachable: service d/empty has no ready endpoint",
-        ),
-        // In the cloud, as if there were no Services; also where it has no such port.
+        // In the cloud or nowhere, as if there were no Services; also where it has no such port.
+        ("empty.d.svc:80", ">empty.d.svc:80"),
+        ("10.96.0.5:81", ">10.96.0.5:81"),
         ("cloud.d.svc:80", ">cloud.d.svc:80"),
         ("10.96.0.2:80", ">10.96.0.2:80"),
         ("10.96.0.2:81", ">10.96.0.2:81"),
         ("none.d.svc:80", ">none.d.svc:80"),
         ("10.96.0.200:80", ">10.96.0.200:80"),
-        // At the edge before elsewhere.
-        ("mixed.d.svc:80", "edge2>10.244.1.5:8080 d/b!"),
         // On its node's network: the agent knows itself by its name.
         ("host.d.svc:80", "edge1>edge1:8080"),
-        // Without a pod: as that address is; declared by the pod alone. Never a Service again.
-        ("bare.d.svc:80", "edge2>10.244.2.7:8080 d/alone"),
+        // Only an address: the node's that it is said to be on. Never a pod's, nor a Service again, nor a node's that only
+        // claims it.
+        ("machine.d.svc:80", "edge2>192.168.1.11:8080"),
+        ("bare.d.svc:80", ">bare.d.svc:80"),
         ("loop.d.svc:80", ">loop.d.svc:80"),
+        ("claimed.d.svc:80", ">claimed.d.svc:80"),
+        ("misled.d.svc:80", ">misled.d.svc:80"),
+        ("twice.d.svc:80", ">twice.d.svc:80"),
         // An address that edge1's kubelet claims.
         ("10.96.0.66:80", ">10.96.0.66:80"),
         ("10.96.0.66:10250", ">10.96.0.66:10250"),
@@ -299,34 +310,51 @@ fn a_headless_service_leads_to_the_endpoint_that_is_named() {
     let found: BTreeSet<_> = (0..200)
         .map(|_| route_in(&table, "headless.d.svc:8080"))
         .collect();
-    let wanted = ["edge1>10.244.1.5:8080 d/a!", "edge2>10.244.1.5:8080 d/b!"];
+    let wanted = [
+        ">10.244.0.5:8080",
+        "edge1>10.244.1.5:8080 d/a!",
+        "edge2>10.244.1.5:8080 d/b!",
+    ];
     assert_eq!(found, wanted.map(str::to_owned).into());
 }
 
 #[test]
 fn agents_that_can_be_reached_are_asked_before_others() {
+    use Elsewhere::{Direct, Refuse};
     let (table, routes) = (table(), RouteTable::new(&[]));
-    let asked = |to: &str, present: &'static str| {
+    let asked = |to: &str, elsewhere, present: &'static str| {
         let to = to.parse().unwrap();
         let presence = move |agent: &AgentName| match agent.as_str() {
             name if name == present => Presence::Present,
             "edge1" | "edge2" => Presence::Absent,
             _ => Presence::Unknown,
         };
-        let each = (0..100).map(|_| say(routes.route(&to, &table, presence)));
+        let each = (0..100).map(|_| say(routes.route(&to, &table, elsewhere, presence)));
         each.collect::<BTreeSet<_>>()
     };
-    for (to, present, wanted) in [
-        ("headless.d.svc:8080", "edge2", "edge2>10.244.1.5:8080 d/b!"),
-        ("mixed.d.svc:80", "edge2", "edge2>10.244.1.5:8080 d/b!"),
-        // Then what is in the cloud.
-        ("headless.d.svc:8080", "nobody", ">10.244.0.5:8080"),
-        ("mixed.d.svc:80", "nobody", ">10.244.0.5:8080"),
+    let (a, b, c) = (
+        "edge1>10.244.1.5:8080 d/a!",
+        "edge2>10.244.1.5:8080 d/b!",
+        ">10.244.0.5:8080",
+    );
+    for (to, elsewhere, present, wanted) in [
+        ("headless.d.svc:8080", Refuse, "edge2", &[b][..]),
+        ("headless.d.svc:8080", Direct, "edge2", &[c, b]),
+        ("mixed.d.svc:80", Refuse, "edge2", &[b]),
+        // Nobody is the better one because he is at the edge.
+        ("mixed.d.svc:80", Direct, "edge2", &[c, b]),
+        ("mixed.d.svc:80", Direct, "nobody", &[c]),
         // Who asked is told why not.
-        ("web.d.svc:80", "nobody", "edge1>10.244.1.5:8080 d/a!"),
+        ("headless.d.svc:8080", Refuse, "nobody", &[a, b]),
+        ("mixed.d.svc:80", Refuse, "nobody", &[b]),
+        ("web.d.svc:80", Direct, "nobody", &[a]),
     ] {
-        let wanted = [wanted.to_owned()].into();
-        assert_eq!(asked(to, present), wanted, "{to} {present}");
+        let wanted = wanted.iter().map(|route| (*route).to_owned()).collect();
+        assert_eq!(
+            asked(to, elsewhere, present),
+            wanted,
+            "{to} {elsewhere:?} {present}"
+        );
     }
 }
 
@@ -355,10 +383,8 @@ fn node_ports_and_balancers_lead_to_services() {
             "ambiguous_destination: address 192.168.1.99 is that of nodes edge2 and edge3: ask by node name",
         ),
         ("198.51.100.1:80", "edge2>10.244.1.5:8080 d/b!"),
-        (
-            "198.51.100.1:82",
-            "unknown_destination: service d/local has no TCP port 82 (ports: 80, 81)",
-        ),
+        // A balancer may have more than this Service.
+        ("198.51.100.1:82", ">198.51.100.1:82"),
         ("198.51.100.2:80", "edge1>10.244.1.5:8080 d/a!"),
         ("198.51.100.2:81", "edge2>10.244.1.5:8080 d/b!"),
         ("198.51.100.2:82", ">198.51.100.2:82"),
@@ -366,6 +392,36 @@ fn node_ports_and_balancers_lead_to_services() {
         ("192.168.1.10:80", "edge1>192.168.1.10:80"),
     ] {
         assert_eq!(route_in(&table, to), wanted, "{to}");
+    }
+}
+
+#[test]
+fn where_nothing_is_dialled_it_is_said_that_nothing_is_at_the_edge() {
+    let (table, routes) = (table(), RouteTable::new(&[]));
+    let none =
+        |name: &str| format!("unknown_destination: service d/{name} has no endpoint at the edge");
+    for (to, wanted) in [
+        ("cloud.d.svc:80", none("cloud")),
+        ("10.96.0.2:80", none("cloud")),
+        ("empty.d.svc:80", none("empty")),
+        // A node's port may be its own.
+        ("10.0.0.1:30082", ">10.0.0.1:30082".to_owned()),
+    ] {
+        let asked = to.parse().unwrap();
+        let route = routes.route(&asked, &table, Elsewhere::Refuse, |_| false);
+        assert_eq!(say(route), wanted, "{to}");
+    }
+}
+
+#[test]
+fn before_all_pods_were_read_nothing_is_any_services() {
+    let web = json!({"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80}]});
+    let ports = json!([{"name": "http", "port": 8080}]);
+    let slices = vec![behind("web", &ports, &["a 10.244.1.5 edge1"])];
+    let services = services(vec![service("d/web", &web, &[])], slices);
+    let table = reaching(Arc::default(), services);
+    for to in ["web.d.svc:80", "10.96.0.1:80"] {
+        assert_eq!(route_in(&table, to), format!(">{to}"));
     }
 }
 
