@@ -39,11 +39,11 @@ impl ClusterTable {
             domain,
             ..
         } = self.reach.as_ref()?;
-        let named = match services.as_ref()?.named(name, domain) {
+        let mut named = services.as_ref()?.named(name, domain);
+        if matches!(named, Named::Service(..)) && !pods.are_known() {
             // What is behind it is not known yet.
-            Named::Service(..) if !pods.are_known() => Named::Unread,
-            named => named,
-        };
+            named = Named::Unread;
+        }
         match named {
             Named::Service(service, None) if matches!(service.kind, Kind::External(_)) => {
                 let sentence = format!(
