@@ -24,6 +24,8 @@ const STREAMS_WITHIN: u64 = 32;
 pub(crate) const MAX_SEND_WINDOW: u32 = 4 << 20;
 /// And below this even an ordinary line is slow.
 const MIN_SEND_WINDOW: u32 = 1 << 20;
+/// Larger read buffers only cost cache (docs/performance.md), smaller ones cost calls.
+const READ_BUFFERS: (u32, u32) = (8 << 10, 64 << 10);
 /// What the kernel keeps of a connection whose other end is near gains nothing above this, and slows it below that.
 const SOCKET_BUFFERS: (u32, u32) = (32 << 10, 256 << 10);
 
@@ -108,6 +110,13 @@ impl Budget {
     #[must_use]
     pub fn socket_buffer(&self) -> u32 {
         (self.0.window / 4).clamp(SOCKET_BUFFERS.0, SOCKET_BUFFERS.1)
+    }
+
+    /// What is read at once of a local connection, and kept while the tunnel does not take it.
+    #[must_use]
+    pub fn read_buffer(&self) -> usize {
+        let bytes = (self.0.window / 16).clamp(READ_BUFFERS.0, READ_BUFFERS.1);
+        usize::try_from(bytes).unwrap_or(usize::MAX)
     }
 
     /// Bytes that stopped streams may hold now.
@@ -241,16 +250,20 @@ mod tests {
 
     #[test]
     fn what_else_costs_memory_derives_from_the_budget_too() {
-        for (limit, send, socket) in [
-            (256 << 20, 4 << 20, 256 << 10),
-            (20 << 20, 4 << 20, 160 << 10),
-            (8 << 20, 2 << 20, 64 << 10),
-            (1 << 20, 1 << 20, 32 << 10),
+        for (limit, send, socket, read) in [
+            (256 << 20, 4 << 20, 256 << 10, 64 << 10),
+            (20 << 20, 4 << 20, 160 << 10, 40 << 10),
+            (8 << 20, 2 << 20, 64 << 10, 16 << 10),
+            (1 << 20, 1 << 20, 32 << 10, 8 << 10),
         ] {
             let budget = Budget::new(limit);
             assert_eq!(
-                (budget.send_window(), budget.socket_buffer()),
-                (send, socket)
+                (
+                    budget.send_window(),
+                    budget.socket_buffer(),
+                    budget.read_buffer()
+                ),
+                (send, socket, read)
             );
         }
     }

@@ -27,9 +27,6 @@ use crate::{Budget, Reason, Stopped};
 
 /// First read buffer of a stream: most streams move little.
 const SMALL_READ: usize = 4 << 10;
-/// Largest read buffer; larger ones only cost cache (docs/performance.md).
-const LARGE_READ: usize = 64 << 10;
-
 /// For the local side to take what came before its session was lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// For the other end to take the last bytes, once both ways are finished.
@@ -208,7 +205,7 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             .await
             .map_err(|error| error.reason())?;
     }
-    let mut capacity = SMALL_READ;
+    let (mut capacity, largest) = (SMALL_READ, settings.budget.read_buffer());
     let mut buffer = BytesMut::new();
     loop {
         // Small reads share what is left of a large buffer, so that a trickle does not pin a fresh one each.
@@ -224,7 +221,7 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             return to.finish().map_err(|error| error.reason());
         }
         capacity = match read {
-            full if full == offered => (capacity * 2).min(LARGE_READ),
+            full if full == offered => (capacity * 2).min(largest),
             little if little < capacity / 4 => (capacity / 2).max(SMALL_READ),
             _ => capacity,
         };
