@@ -27,6 +27,7 @@ use crate::{Budget, Reason, Stopped};
 
 /// First read buffer of a stream: most streams move little.
 const SMALL_READ: usize = 4 << 10;
+
 /// For the local side to take what came before its session was lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// For the other end to take the last bytes, once both ways are finished.
