@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::cgroup::MemoryGroup;
-use e2e::client::Tunnel;
+use e2e::client::{Door, Tunnel};
 use e2e::kubelet::Behaviour;
 use e2e::lab;
 use serde_json::json;
@@ -24,8 +24,27 @@ const QUIET: usize = 150;
 /// Bulk each way beside them.
 const BULK: u64 = 64 * MIB;
 const BULKS: usize = 3;
+/// Downloads at once that are read as they come: more than the budget has room for, were they to count.
+const CROWD: u64 = 150;
 /// Longest silence of a bulk stream: other builds may share the machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Downloads that share the line: each is whole, however long it waits for its turn.
+fn crowd(door: &Door) -> Result<()> {
+    let fetch = |seed| {
+        let door = door.clone();
+        std::thread::spawn(move || {
+            let mut tunnel = door.open("edge1:10250", Behaviour::Send { bytes: MIB, seed })?;
+            tunnel.patience(PATIENCE)?;
+            whole(&mut tunnel, MIB, seed)
+        })
+    };
+    let all: Vec<_> = (0..CROWD).map(fetch).collect();
+    for fetched in all {
+        joined(fetched).context("one of many downloads")?;
+    }
+    Ok(())
+}
 
 /// Writes until nothing more is taken: what is between is full.
 fn fill(tunnel: &mut Tunnel) -> Result<u64> {
@@ -83,12 +102,13 @@ fn an_agent_with_32_mib_survives_hundreds_of_streams_and_loses_no_byte() {
         for upload in uploads {
             joined(upload).context("an upload beside the rest")?;
         }
+        crowd(&door)?;
         for (i, tunnel) in quiet.iter_mut().enumerate() {
             ping(tunnel, &format!("still there {i}")).context("a quiet stream")?;
         }
         let sockets = group.socket_peak()?.map_or(0, |bytes| bytes >> 10);
         lab::measured(&format!(
-            "agent with {} MiB: peak {:.1} MiB ({:.1} at rest), TCP sockets {sockets} KiB beside it; {STOPPED} + {HANGING} stopped, {QUIET} quiet, {BULKS} x {} MiB each way in {:?}",
+            "agent with {} MiB: peak {:.1} MiB ({:.1} at rest), TCP sockets {sockets} KiB beside it; {STOPPED} + {HANGING} stopped, {QUIET} quiet, {BULKS} x {} MiB each way and {CROWD} x 1 MiB in {:?}",
             LIMIT / MIB,
             group.peak()? as f64 / MIB as f64,
             rested as f64 / MIB as f64,
