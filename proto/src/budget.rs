@@ -140,11 +140,11 @@ impl Budget {
     }
 
     /// Over the limit: those that stopped longest are reset, as many as it takes. A stream that stopped a moment ago
-    /// is spared, unless twice the limit is held.
+    /// is spared, unless a quarter more than the limit is held.
     fn relieve(&self) {
         let mut behind = self.0.behind.lock();
         while behind.held > self.0.limit {
-            let spare = behind.held <= 2 * self.0.limit;
+            let spare = behind.held <= self.0.limit + self.0.limit / 4;
             let Some((id, longest)) = behind.entries.first_key_value() else {
                 return;
             };
