@@ -16,7 +16,7 @@ use crate::streams::{download, joined, upload};
 
 /// The limit of the DaemonSet in `deploy/`, and what its configuration says about unread bytes.
 const LIMIT: u64 = 32 * MIB;
-const BUDGET: &str = "8MiB";
+const BUDGET: &str = "6MiB";
 /// Streams whose reader in the cloud has stopped, whose reader at the edge has, and that are open and quiet.
 const STOPPED: u64 = 150;
 const HANGING: u64 = 150;
