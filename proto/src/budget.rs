@@ -115,7 +115,7 @@ impl Budget {
     /// What is read at once of a local connection, and kept while the tunnel does not take it.
     #[must_use]
     pub fn read_buffer(&self) -> usize {
-        let bytes = (self.0.window / 16).clamp(READ_BUFFERS.0, READ_BUFFERS.1);
+        let bytes = (self.0.window / 8).clamp(READ_BUFFERS.0, READ_BUFFERS.1);
         usize::try_from(bytes).unwrap_or(usize::MAX)
     }
 
@@ -252,8 +252,8 @@ mod tests {
     fn what_else_costs_memory_derives_from_the_budget_too() {
         for (limit, send, socket, read) in [
             (256 << 20, 4 << 20, 256 << 10, 64 << 10),
-            (20 << 20, 4 << 20, 160 << 10, 40 << 10),
-            (8 << 20, 2 << 20, 64 << 10, 16 << 10),
+            (20 << 20, 4 << 20, 160 << 10, 64 << 10),
+            (8 << 20, 2 << 20, 64 << 10, 32 << 10),
             (1 << 20, 1 << 20, 32 << 10, 8 << 10),
         ] {
             let budget = Budget::new(limit);
