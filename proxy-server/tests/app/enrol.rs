@@ -121,9 +121,9 @@ async fn an_agent_in_a_pod_comes_back_by_itself_when_its_authority_was_retired_a
 
     // The old key is in wrong hands: everything it has signed is worthless at once, this agent's leaf too.
     command(&stack, |args| ca_rotate(args, None)).await.unwrap();
-    until_roots(&[&stack], 2.0).await;
+    until_roots(&[&stack], 2).await;
     command(&stack, |args| ca_retire(args, true)).await.unwrap();
-    until_roots(&[&stack], 1.0).await;
+    until_roots(&[&stack], 1).await;
     let roots = stack.issuer().bundle().clone();
     roots
         .save(&stack.dir.path().join("mounted-ca.crt"))
