@@ -4,7 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bin=$(cd .. && pwd)/.cache/bin
-version=$(sed -n 's/^\tk8s.io\/kubernetes \(v[0-9.]*\).*/\1/p' k8s/go.mod)
 
 # program=package: what the harness starts, and where Debian keeps it
 missing=()
@@ -28,18 +27,27 @@ if [ ${#missing[@]} -gt 0 ]; then
   RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-# Without these the Kubernetes programs call themselves v0.0.0.
-minor=${version#v*.}
-package=k8s.io/component-base/version
-flags="-s -w -X $package.gitVersion=$version -X $package.gitMajor=${version:1:1} -X $package.gitMinor=${minor%%.*}"
+# The version of Kubernetes that a module is built of, or else the suite's, as a linker's flags: else the programs call
+# themselves v0.0.0.
+named() {
+  local version minor package=k8s.io/component-base/version
+  version=$(sed -n 's/^\tk8s.io\/kubernetes .*\(v[0-9][0-9.]*\).*/\1/p' "$1/go.mod" k8s/go.mod | head -1)
+  minor=${version#v*.}
+  echo "-X $package.gitVersion=$version -X $package.gitMajor=${version:1:1} -X $package.gitMinor=${minor%%.*}"
+}
+
 mkdir -p "$bin"
-for module in konnectivity k8s metrics-server coredns; do
+for module in konnectivity k8s metrics-server coredns k3s; do
   stamp=$(cat "$module"/* build.sh | sha256sum)
   if [ "$(cat "$bin/.stamp-$module" 2>/dev/null)" = "$stamp" ]; then continue; fi
   echo "building the tools of e2e/kubernetes/$module (minutes when Go's build cache is cold)"
   # A program of ours, or the tools that the go.mod names.
   what=tool
   if [ -e "$module/main.go" ]; then what=.; fi
-  (cd "$module" && CGO_ENABLED=0 go build -trimpath -o "$bin" -ldflags "$flags" "$what")
+  flags=$(named "$module")
+  # k3s has C in it.
+  cgo=0
+  if [ "$module" = k3s ]; then cgo=1; fi
+  (cd "$module" && CGO_ENABLED=$cgo go build -trimpath -o "$bin" -ldflags "-s -w $flags" "$what")
   echo "$stamp" >"$bin/.stamp-$module"
 done

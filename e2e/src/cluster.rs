@@ -308,6 +308,7 @@ pub fn tools() -> Result<PathBuf> {
         "kube-controller-manager",
         "kube-proxy",
         "kube-scheduler",
+        "k3s",
         "kubeadm",
         "kubectl",
         "kubelet",

@@ -22,7 +22,9 @@ pub struct Kubectl {
 }
 
 impl Kubectl {
-    pub(super) fn new(host: &Host, program: &Path, kubeconfig: PathBuf, home: &Path) -> Self {
+    /// Of a host, as whom that kubeconfig says; `home` is a folder of its own.
+    #[must_use]
+    pub fn new(host: &Host, program: &Path, kubeconfig: PathBuf, home: &Path) -> Self {
         Self {
             host: host.clone(),
             program: program.to_owned(),

@@ -13,23 +13,36 @@ use serde_json::Value;
 
 /// The objects of a kind in the YAML blocks, each with its document.
 fn objects(kind: &str) -> Result<Vec<(PathBuf, String)>> {
+    let mut all = blocks()?;
+    all.retain(|(_, block)| block.contains(&format!("kind: {kind}\n")));
+    Ok(all)
+}
+
+/// The first YAML block that has both.
+pub(super) fn block(one: &str, other: &str) -> Result<String> {
+    let mut all = blocks()?.into_iter();
+    let found = all.find(|(_, block)| block.contains(one) && block.contains(other));
+    let (_, block) = found.with_context(|| format!("no block has {one:?} and {other:?}"))?;
+    Ok(block)
+}
+
+/// All YAML blocks, each with its document.
+fn blocks() -> Result<Vec<(PathBuf, String)>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut documents = vec![root.join("README.md")];
     for file in fs::read_dir(root.join("docs"))? {
         documents.push(file?.path());
     }
     documents.retain(|path| path.extension().is_some_and(|e| e == "md"));
-    let mut objects = Vec::new();
+    let mut blocks = Vec::new();
     for document in documents {
         let text = fs::read_to_string(&document)?;
         for block in text.split("```yaml\n").skip(1) {
             let block = block.split("```").next().unwrap_or_default();
-            if block.contains(&format!("kind: {kind}\n")) {
-                objects.push((document.clone(), block.to_owned()));
-            }
+            blocks.push((document.clone(), block.to_owned()));
         }
     }
-    Ok(objects)
+    Ok(blocks)
 }
 
 fn parse(text: &str) -> Result<Value> {

@@ -16,6 +16,7 @@ mod exec;
 mod faults;
 mod forward;
 mod intercepted;
+mod k3s;
 mod known;
 mod logs;
 mod manifests;
