@@ -10,6 +10,7 @@ mod dns;
 mod enrol;
 mod frontend;
 mod kubernetes;
+mod lines;
 mod peers;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -27,6 +28,7 @@ pub use enrol::Enrol;
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
 pub use kubernetes::{Kubernetes, NAMESPACE, Pods, Pool, Selector, Services};
+pub use lines::{Line, LineMode, PathMode, PathSettings, Probes, ROUTE};
 pub use peers::Peers;
 use proto::AgentName;
 use serde::Deserialize;
@@ -65,6 +67,12 @@ pub struct Config {
     /// How what is not at the edge is dialled.
     #[serde(default)]
     pub direct: Direct,
+    /// Ways to nodes beside the tunnel.
+    #[serde(default)]
+    pub lines: Vec<Line>,
+    /// When they are taken.
+    #[serde(default)]
+    pub path: PathSettings,
     /// Time limits of a request.
     #[serde(default)]
     pub timeouts: Timeouts,

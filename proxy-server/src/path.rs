@@ -1,3 +1,4 @@
-//! Ways to a destination that is not dialled by an agent.
+//! Ways to a destination beside the tunnel: what is not at the edge, and nodes by a dedicated line.
 
 pub mod direct;
+pub mod policy;

@@ -213,7 +213,7 @@ impl Reloader {
         }
         if needs_restart(&self.running, &new) {
             tracing::warn!(
-                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes, direct, peers (but for servers)"
+                "some changed settings take effect at the next start only: stateDir, name, trustDomain, log.format, certificate, backend, limits, timeouts, drain, observe, admin, kubernetes, direct, lines, path, peers (but for servers)"
             );
         }
         for useless in new.useless_rules() {
@@ -252,6 +252,8 @@ fn needs_restart(old: &Config, new: &Config) -> bool {
         || old.admin != new.admin
         || old.kubernetes != new.kubernetes
         || old.direct != new.direct
+        || old.lines != new.lines
+        || old.path != new.path
         || unnamed(old.peers.as_ref()) != unnamed(new.peers.as_ref())
 }
 

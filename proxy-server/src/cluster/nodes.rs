@@ -20,10 +20,14 @@ use kube::Resource;
 use proto::{AgentName, Host, is_loopback, is_never_dialled};
 use serde::Deserialize;
 
-use crate::config::Kubernetes;
+use crate::config::{Kubernetes, PathMode};
 
 /// The annotation by which a node names the agent that serves it.
 pub const AGENT: &str = "corvid.io/agent";
+/// The annotation by which a node says how it is reached: `tunnel`, `direct` or `auto`.
+pub const PATH: &str = "corvid.io/path";
+/// ACK's label of nodes that are reached by a dedicated line, and its value.
+pub const INTERCONNECTION: (&str, &str) = ("alibabacloud.com/interconnection-mode", "private");
 /// Where a kubelet listens that does not say where, or nowhere that is a port.
 pub const KUBELET_PORT: u16 = 10250;
 /// Addresses, names, and characters of what is no name, that are kept of a node; real ones have a handful. A kubelet writes
@@ -152,6 +156,19 @@ pub struct Node {
     pub edge: bool,
     /// The beginning of an annotation that has no agent's name and is not used.
     pub misnamed: Option<String>,
+    /// How it says that it is reached.
+    pub path: Option<Wish>,
+    /// ACK's label says that it is reached by a dedicated line.
+    pub is_private: bool,
+}
+
+/// What a node says of how it is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wish {
+    /// So.
+    Path(PathMode),
+    /// The beginning of what is none of the words for it.
+    Unknown(String),
 }
 
 impl Node {
@@ -169,6 +186,8 @@ impl Node {
         let annotation = annotations.get(AGENT);
         let annotated = annotation.and_then(|agent| agent.parse().ok());
         let misnamed = annotation.filter(|_| annotated.is_none());
+        let (label, private) = INTERCONNECTION;
+        let is_private = labels.get(label).is_some_and(|mode| mode == private);
         let of_pool = || settings.pools.get(pool?)?.agent();
         let named: Option<AgentName> = annotated.or_else(of_pool);
         let edge = named.is_some() || settings.edge_selector.matches(&labels);
@@ -189,6 +208,8 @@ impl Node {
             ready: status.conditions.iter().any(ready),
             kubelet_port: status.daemon_endpoints.kubelet_endpoint.port(),
             misnamed: misnamed.map(|agent| agent.chars().take(MOST).collect()),
+            path: annotations.get(PATH).map(|said| wish(said)),
+            is_private,
             agent,
             edge,
             name,
@@ -210,6 +231,13 @@ impl Node {
         // The agent knows itself by this name only.
         (asked != self.name).then(|| Host::Name(self.name.clone()))
     }
+}
+
+fn wish(said: &str) -> Wish {
+    PathMode::named(said).map_or_else(
+        || Wish::Unknown(said.chars().take(MOST).collect()),
+        Wish::Path,
+    )
 }
 
 /// The addresses, and how many of them are internal.
@@ -333,6 +361,8 @@ pub(crate) mod tests {
             agent: "edge1".parse().unwrap(),
             edge: true,
             misnamed: None,
+            path: None,
+            is_private: false,
         };
         assert_eq!(node, wanted);
     }
@@ -360,6 +390,44 @@ pub(crate) mod tests {
         )
         .unwrap();
         assert_eq!((greedy.addresses.len(), greedy.aliases.len()), (MOST, MOST));
+    }
+
+    #[test]
+    fn how_it_is_reached_is_kept_of_what_is_said() {
+        let label = INTERCONNECTION.0;
+        let long = "x".repeat(500);
+        for (labels, annotations, path, is_private) in [
+            (json!({}), json!({}), None, false),
+            (
+                json!({label: "private"}),
+                json!({PATH: "auto"}),
+                Some(Wish::Path(PathMode::Auto)),
+                true,
+            ),
+            (
+                json!({label: "basic"}),
+                json!({PATH: "tunnel"}),
+                Some(Wish::Path(PathMode::Tunnel)),
+                false,
+            ),
+            (
+                json!({}),
+                json!({PATH: "Direct"}),
+                Some(Wish::Unknown("Direct".into())),
+                false,
+            ),
+            (
+                json!({}),
+                json!({PATH: long}),
+                Some(Wish::Unknown("x".repeat(MOST))),
+                false,
+            ),
+        ] {
+            let case = format!("{labels} {annotations}");
+            let node = trim(node("n1", labels, annotations, &[]), &Kubernetes::default());
+            let node = node.unwrap();
+            assert_eq!((node.path, node.is_private), (path, is_private), "{case}");
+        }
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub(super) fn check(config: &Config, file: &Path) -> Result<(), ConfigError> {
     super::peers::check(config, &mut problems);
     frontends(config, &mut problems);
     routes(config, &mut problems);
+    super::lines::check(config, &mut problems);
     if let Some(kubernetes) = &config.kubernetes {
         super::kubernetes::check(kubernetes, &mut problems);
     }

@@ -55,7 +55,7 @@ impl Config {
         self.direct.mark.unwrap_or(Mark::DEFAULT)
     }
 
-    /// Whether rules of this machine may lead a direct dial back to us, so that it should have a mark.
+    /// Whether rules of this machine may lead a direct dial, or one by a line, back to us, so that it should have a mark.
     #[must_use]
     pub fn may_meet_itself(&self) -> bool {
         let direct = |frontend: &Frontend| {
@@ -71,7 +71,7 @@ impl Config {
             )
         };
         let led_to = |frontend: &Frontend| matches!(frontend, Frontend::Intercept(intercept) if !intercept.transparent);
-        self.frontends.iter().any(direct) && self.frontends.iter().any(led_to)
+        (self.frontends.iter().any(direct) || self.has_paths()) && self.frontends.iter().any(led_to)
     }
 }
 

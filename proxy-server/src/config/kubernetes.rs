@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::authority::Authority;
 use super::dns::{self, Dns, LeaseTimes};
 use super::enrol::Enrol;
-use super::{Cidr, RouteEntry};
+use super::{Cidr, PathMode, RouteEntry};
 use crate::route::RouteTable;
 
 /// What is known of nodes comes from a cluster. Without this section nothing of Kubernetes is asked.
@@ -101,17 +101,21 @@ impl Default for Kubernetes {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Pool {
     /// The one agent that serves them: a site with one way out.
-    pub agent: String,
+    #[serde(default)]
+    pub agent: Option<String>,
+    /// How they are reached, unless a node's annotation says otherwise.
+    #[serde(default)]
+    pub path: Option<PathMode>,
     /// Where its pods have their addresses, if that is no network of one node: what is no known pod's is this agent's.
     #[serde(default)]
     pub pod_networks: Vec<Cidr>,
 }
 
 impl Pool {
-    /// The agent; `None` if it is no name (refused by [`super::load`]).
+    /// The agent; `None` if there is none, or it is no name (refused by [`super::load`]).
     #[must_use]
     pub fn agent(&self) -> Option<AgentName> {
-        self.agent.parse().ok()
+        self.agent.as_deref()?.parse().ok()
     }
 }
 
@@ -140,13 +144,15 @@ impl Kubernetes {
     /// Which agent serves what is in the networks of a pool's pods.
     pub(crate) fn pod_networks(&self) -> RouteTable {
         let pools = self.pools.values();
-        let entries: Vec<_> = pools
-            .map(|pool| RouteEntry {
-                node: pool.agent.clone(),
-                agent: Some(pool.agent.clone()),
+        let entry = |pool: &Pool| {
+            let agent = pool.agent.clone()?;
+            Some(RouteEntry {
+                node: agent.clone(),
+                agent: Some(agent),
                 addresses: pool.pod_networks.clone(),
             })
-            .collect();
+        };
+        let entries: Vec<_> = pools.filter_map(entry).collect();
         RouteTable::new(&entries)
     }
 }
@@ -222,15 +228,27 @@ pub(super) fn check(kubernetes: &Kubernetes, problems: &mut Problems) {
         authority.check(problems);
     }
     for (name, pool) in &kubernetes.pools {
+        if let Some(agent) = &pool.agent {
+            problems.check(
+                pool.agent().is_some(),
+                format!("kubernetes.pools.{name}.agent"),
+                format!("{agent:?} is no agent name"),
+            );
+        }
         problems.check(
-            pool.agent().is_some(),
-            format!("kubernetes.pools.{name}.agent"),
-            format!("{:?} is no agent name", pool.agent),
+            pool.agent.is_some() || pool.path.is_some(),
+            format!("kubernetes.pools.{name}"),
+            "say agent, path, or both",
         );
         problems.check(
             pool.pod_networks.is_empty() || kubernetes.pods.is_some(),
             format!("kubernetes.pools.{name}.podNetworks"),
             "needs kubernetes.pods, which says who has which address there",
+        );
+        problems.check(
+            pool.pod_networks.is_empty() || pool.agent.is_some(),
+            format!("kubernetes.pools.{name}.podNetworks"),
+            "needs agent, which is whom they lead to",
         );
     }
     if let Some(namespace) = &kubernetes.namespace {

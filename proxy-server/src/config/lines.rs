@@ -1,0 +1,390 @@
+//! The sections `lines:` and `path:`: ways to nodes beside the tunnel, and when they are taken.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use daemon::Problems;
+use serde::{Deserialize, Serialize};
+
+use super::{Cidr, Config, Frontend, Mark};
+
+/// What a line is called that nobody has configured: wherever the routes of this machine lead.
+pub const ROUTE: &str = "route";
+/// More lines than anybody has; each is a label of metrics.
+const MOST_LINES: usize = 64;
+/// Longest name of an interface (Linux, `IFNAMSIZ` without its zero).
+const MOST_INTERFACE: usize = 15;
+
+/// How nodes are reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum PathMode {
+    /// Through their agents' sessions.
+    #[default]
+    Tunnel,
+    /// Dialled from here, always.
+    Direct,
+    /// Dialled from here while that works, else through the tunnel.
+    Auto,
+}
+
+impl PathMode {
+    /// The mode of that name, as in an annotation.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Tunnel, Self::Direct, Self::Auto]
+            .into_iter()
+            .find(|mode| mode.label() == name)
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::Direct => "direct",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+impl fmt::Display for PathMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+/// What a line is to those that it has: a line that is to be left out is left out of the file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LineMode {
+    /// While it works.
+    #[default]
+    Auto,
+    /// Always.
+    Direct,
+}
+
+impl From<LineMode> for PathMode {
+    fn from(mode: LineMode) -> Self {
+        match mode {
+            LineMode::Auto => Self::Auto,
+            LineMode::Direct => Self::Direct,
+        }
+    }
+}
+
+/// A way to nodes that is not the tunnel: Express Connect, a VPN, a plain route.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Line {
+    /// What people and metrics call it.
+    pub name: String,
+    /// It has what is dialled at an address in these. With `pools` both must hold.
+    #[serde(default)]
+    pub networks: Vec<Cidr>,
+    /// It has the nodes of these pools.
+    #[serde(default)]
+    pub pools: Vec<String>,
+    /// What is dialled comes from this address.
+    #[serde(default)]
+    pub source: Option<IpAddr>,
+    /// What is dialled goes out by this interface or VRF, whatever the routes say: so the line says which site it reaches.
+    #[serde(default)]
+    pub interface: Option<String>,
+    /// The mark of what is dialled.
+    #[serde(default)]
+    pub mark: Option<Mark>,
+    /// What it is to those that it has.
+    #[serde(default)]
+    pub mode: LineMode,
+}
+
+impl Line {
+    /// The line that nobody has configured.
+    #[must_use]
+    pub fn route() -> Self {
+        Self {
+            name: ROUTE.to_owned(),
+            networks: Vec::new(),
+            pools: Vec::new(),
+            source: None,
+            interface: None,
+            mark: None,
+            mode: LineMode::Auto,
+        }
+    }
+}
+
+/// When nodes are not reached by the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PathSettings {
+    /// For nodes of which nothing else is said.
+    pub default: PathMode,
+    /// What a node says of itself counts for addresses that no line has.
+    pub believe_nodes: bool,
+    /// Without a connection by the line for so long, the tunnel is tried beside it.
+    #[serde(with = "humantime_serde")]
+    pub race_after: Duration,
+    /// A line that was down is taken again after so long without a failure.
+    #[serde(with = "humantime_serde")]
+    pub stable: Duration,
+    /// A connection over a line that is silent for so long is reset.
+    #[serde(with = "humantime_serde")]
+    pub silence: Duration,
+    /// How lines are looked at.
+    pub probes: Probes,
+}
+
+impl Default for PathSettings {
+    fn default() -> Self {
+        Self {
+            default: PathMode::Tunnel,
+            believe_nodes: false,
+            race_after: Duration::from_millis(250),
+            stable: Duration::from_secs(30),
+            silence: Duration::from_secs(30),
+            probes: Probes::default(),
+        }
+    }
+}
+
+/// How lines are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Probes {
+    /// Each node on a line is dialled once in so long.
+    #[serde(with = "humantime_serde")]
+    pub interval: Duration,
+    /// A dial is given up after this.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// Dials a second at most, however many nodes there are.
+    pub per_second: u32,
+    /// Good ones in a row before a node that was down is up.
+    pub rise: u32,
+    /// Bad ones in a row before it is down.
+    pub fall: u32,
+}
+
+impl Default for Probes {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(2),
+            per_second: 100,
+            rise: 3,
+            fall: 2,
+        }
+    }
+}
+
+impl Config {
+    /// Whether any node may be reached by something else than the tunnel.
+    #[must_use]
+    pub fn has_paths(&self) -> bool {
+        let of_pool = |kubernetes: &super::Kubernetes| {
+            let mut pools = kubernetes.pools.values();
+            pools.any(|pool| pool.path.is_some_and(|path| path != PathMode::Tunnel))
+        };
+        !self.lines.is_empty()
+            || self.path.default != PathMode::Tunnel
+            || self.path.believe_nodes
+            || self.kubernetes.as_ref().is_some_and(of_pool)
+    }
+}
+
+/// What is wrong with the lines and their settings.
+pub(super) fn check(config: &Config, problems: &mut Problems) {
+    problems.check(
+        config.lines.len() <= MOST_LINES,
+        "lines",
+        format!("at most {MOST_LINES}"),
+    );
+    for (i, line) in config.lines.iter().enumerate() {
+        let earlier = config.lines.iter().take(i);
+        line.check(config, earlier, &format!("lines[{i}]"), problems);
+    }
+    let path = &config.path;
+    for (key, value) in [
+        ("path.raceAfter", path.race_after),
+        ("path.stable", path.stable),
+        ("path.silence", path.silence),
+        ("path.probes.interval", path.probes.interval),
+        ("path.probes.timeout", path.probes.timeout),
+    ] {
+        problems.check(!value.is_zero(), key, "must not be zero");
+    }
+    for (key, value) in [
+        ("path.probes.perSecond", path.probes.per_second),
+        ("path.probes.rise", path.probes.rise),
+        ("path.probes.fall", path.probes.fall),
+    ] {
+        problems.check(value > 0, key, "must not be zero");
+    }
+    problems.check(
+        path.race_after < config.timeouts.dial,
+        "path.raceAfter",
+        "must be under timeouts.dial, or the tunnel has no time left",
+    );
+    problems.check(
+        path.silence >= Duration::from_secs(1),
+        "path.silence",
+        "must be at least 1s: a lost packet takes that long to be sent again",
+    );
+    problems.check(
+        path.probes.timeout <= path.probes.interval,
+        "path.probes.timeout",
+        "must not be longer than path.probes.interval",
+    );
+}
+
+impl Line {
+    fn check<'a>(
+        &self,
+        config: &Config,
+        mut earlier: impl Iterator<Item = &'a Self>,
+        key: &str,
+        problems: &mut Problems,
+    ) {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let is_name =
+            !self.name.is_empty() && self.name.len() <= 63 && self.name.chars().all(plain);
+        problems.check(
+            is_name && self.name != ROUTE,
+            format!("{key}.name"),
+            format!(
+                "{:?} is no name for a line: lower case letters, digits and -, and not {ROUTE:?}, which is this machine's own routes",
+                self.name
+            ),
+        );
+        problems.check(
+            !earlier.any(|other| other.name == self.name),
+            format!("{key}.name"),
+            format!("{:?} stands here twice", self.name),
+        );
+        problems.check(
+            !(self.networks.is_empty() && self.pools.is_empty()),
+            key,
+            "say which nodes it has: networks, pools, or both",
+        );
+        problems.check(
+            self.pools.is_empty() || config.kubernetes.is_some(),
+            format!("{key}.pools"),
+            "needs kubernetes, which says who is in which pool",
+        );
+        if let Some(interface) = &self.interface {
+            let fits = (1..=MOST_INTERFACE).contains(&interface.len())
+                && !interface.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control());
+            problems.check(
+                fits,
+                format!("{key}.interface"),
+                format!("{interface:?} is no name of an interface"),
+            );
+        }
+        let led = config.frontends.iter().any(
+            |frontend| matches!(frontend, Frontend::Intercept(settings) if !settings.transparent),
+        );
+        problems.check(
+            !led || self.mark.is_none_or(|mark| mark == config.mark()),
+            format!("{key}.mark"),
+            format!(
+                "beside an `intercept` frontend it must be that of direct.mark ({}), which `proxy-server redirect` exempts: else what is dialled would come back here",
+                config.mark()
+            ),
+        );
+        if let Some(source) = self.source {
+            let fits = |net: &Cidr| net.0.addr().is_ipv4() == source.is_ipv4();
+            problems.check(
+                self.networks.iter().all(fits),
+                format!("{key}.source"),
+                format!("{source} and the networks are not of one family"),
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn problems(text: &str) -> String {
+        let file = Path::new("x.yaml");
+        let config: Config = match daemon::config::parse(file, text) {
+            Ok(config) => config,
+            Err(error) => return error.to_string(),
+        };
+        let mut problems = Problems::new();
+        check(&config, &mut problems);
+        if let Some(kubernetes) = &config.kubernetes {
+            super::super::kubernetes::check(kubernetes, &mut problems);
+        }
+        match problems.into_result(file) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn lines_are_said_in_a_few_words() {
+        let said = "kubernetes: {inCluster: true, pools: {hz: {path: direct}, bj: {agent: a, path: auto}}}\n\
+            lines:\n- {name: express, networks: [10.20.0.0/16]}\n\
+            - {name: vpn, pools: [hz], interface: wg0, source: 10.0.0.5, mark: 7, mode: direct}\n\
+            path: {default: auto, believeNodes: true, stable: 10s, probes: {interval: 5s, perSecond: 20}}";
+        assert_eq!(problems(said), "");
+        assert_eq!(problems("name: a"), "");
+    }
+
+    #[test]
+    fn every_mistake_is_told_with_its_key() {
+        let said = problems(
+            "frontends: [{type: intercept, listen: '[::]:10250'}]\n\
+             lines:\n- {name: route, networks: [10.0.0.0/8]}\n- {name: a, pools: [hz]}\n- {name: a, networks: [10.0.0.0/8], source: '::1'}\n\
+             - {name: 'No Name'}\n- {name: b, networks: [10.0.0.0/8], interface: a-name-that-is-too-long, mark: 7}\n\
+             path: {raceAfter: 20s, stable: 0s, silence: 10ms, probes: {interval: 1s, timeout: 2s, perSecond: 0, rise: 0, fall: 0}}",
+        );
+        for wanted in [
+            "lines[0].name",
+            "lines[1].pools",
+            "lines[2].name: \"a\" stands here twice",
+            "lines[2].source",
+            "lines[3].name",
+            "lines[3]: say which nodes",
+            "lines[4].interface",
+            "lines[4].mark: beside an `intercept` frontend it must be that of direct.mark (0x20c5)",
+            "path.raceAfter",
+            "path.stable",
+            "path.silence",
+            "path.probes.timeout",
+            "path.probes.perSecond",
+            "path.probes.rise",
+            "path.probes.fall",
+        ] {
+            assert!(said.contains(wanted), "{wanted} is missing in: {said}");
+        }
+        let bare = problems("kubernetes: {inCluster: true, pools: {hz: {}}}");
+        assert!(bare.contains("kubernetes.pools.hz: "), "{bare}");
+        let tunnel = problems("lines: [{name: a, networks: [10.0.0.0/8], mode: tunnel}]");
+        assert!(tunnel.contains("tunnel"), "{tunnel}");
+    }
+
+    #[test]
+    fn paths_are_looked_at_only_where_something_is_said_of_them() {
+        for (text, wanted) in [
+            ("", false),
+            ("path: {default: tunnel}", false),
+            ("path: {default: auto}", true),
+            ("path: {believeNodes: true}", true),
+            ("lines: [{name: a, networks: [10.0.0.0/8]}]", true),
+            ("kubernetes: {pools: {p: {agent: a, path: tunnel}}}", false),
+            ("kubernetes: {pools: {p: {path: auto}}}", true),
+        ] {
+            let config: Config = daemon::config::parse(Path::new("x.yaml"), text).unwrap();
+            assert_eq!(config.has_paths(), wanted, "{text}");
+        }
+    }
+}
