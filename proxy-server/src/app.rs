@@ -34,7 +34,7 @@ use crate::config::{Config, Mark};
 use crate::enrolment::Enrolment;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::path::direct;
+use crate::path::{Paths, dial, direct};
 use crate::peer::{Peers, SETTLE};
 use crate::registry::Registry;
 use crate::reload::{Reloader, Source, frontend_tls, live};
@@ -196,6 +196,7 @@ impl App {
             budget,
             timeouts: config.timeouts,
             own: ArcSwap::default(),
+            paths: paths(&config, daemon_metrics)?,
             mark: mark(&config)?,
             cut: CancellationToken::new(),
         });
@@ -322,6 +323,14 @@ impl App {
             stop_enrolment,
         })
     }
+}
+
+/// How nodes are reached; each line must be possible.
+fn paths(config: &Config, metrics: &daemon::Metrics) -> anyhow::Result<Paths> {
+    for line in &config.lines {
+        dial::check(line)?;
+    }
+    Ok(Paths::new(config, metrics))
 }
 
 /// The mark of direct dials. Asked for by name, it must be possible; else they do without.

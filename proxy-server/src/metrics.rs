@@ -236,6 +236,39 @@ impl PeerMetrics {
     }
 }
 
+/// Labels of what a line did.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LineLabels {
+    /// Its name: one of the configuration, or `route`.
+    pub line: String,
+    /// What became of it.
+    pub result: &'static str,
+}
+
+/// What happens past the tunnel; registered only where a node may be reached so.
+#[derive(Debug, Clone, Default)]
+pub struct LineMetrics {
+    /// Dials of requests.
+    pub dials: Family<LineLabels, Counter>,
+}
+
+impl LineMetrics {
+    /// Registers them.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "line_dials",
+            "Dials of requests by lines: ok, lost where the tunnel answered first, or why there was no connection",
+            self.dials.clone(),
+        );
+    }
+
+    /// Counts a dial of a request.
+    pub fn dialled(&self, line: &str, result: &'static str) {
+        let line = line.to_owned();
+        self.dials.get_or_create(&LineLabels { line, result }).inc();
+    }
+}
+
 /// The metrics. Clones are handles to the same ones.
 #[derive(Debug, Clone)]
 pub struct Metrics {

@@ -1,4 +1,223 @@
 //! Ways to a destination beside the tunnel: what is not at the edge, and nodes by a dedicated line.
+//!
+//! For each request that is routed to the edge [`Paths`] says how its node is reached: what is said of it, who else has
+//! its address, and what the operator says go into [`policy`]. [`dial`] then dials, and `serve/line.rs` has the tunnel
+//! beside it.
 
+pub(crate) mod dial;
 pub mod direct;
 pub mod policy;
+
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use policy::{Claimant, Decided, Policy, Subject};
+use proto::wire::PodPort;
+use proto::{Destination, Host};
+
+use crate::cluster::ClusterTable;
+use crate::config::{Config, PathSettings};
+use crate::metrics::LineMetrics;
+use crate::route::RouteTable;
+
+/// How nodes are reached. The default knows the tunnel alone.
+#[derive(Debug, Default)]
+pub struct Paths {
+    policy: Policy,
+    pub(crate) settings: PathSettings,
+    pub(crate) metrics: LineMetrics,
+    /// Where connections of ours by lines come from.
+    dialled: Arc<Mutex<HashSet<SocketAddr>>>,
+}
+
+/// What is meant by a request that is routed to the edge.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Meant<'a> {
+    /// The node, as it is called.
+    pub(crate) node: &'a str,
+    /// What its agent would dial.
+    pub(crate) to: &'a Destination,
+    /// The pod, if it is a known one's address.
+    pub(crate) pod: Option<&'a PodPort>,
+}
+
+impl Paths {
+    /// Of a server with that configuration.
+    #[must_use]
+    pub fn new(config: &Config, metrics: &daemon::Metrics) -> Self {
+        let paths = Self {
+            policy: Policy::new(config),
+            settings: config.path,
+            ..Self::default()
+        };
+        if !paths.policy.is_idle() {
+            metrics.register(|registry| paths.metrics.register(registry));
+        }
+        paths
+    }
+
+    /// Whether everything goes through the tunnel, whatever is said of a node.
+    pub(crate) const fn is_idle(&self) -> bool {
+        self.policy.is_idle()
+    }
+
+    /// How that is reached now.
+    pub(crate) fn decide(
+        &self,
+        routes: &RouteTable,
+        cluster: &ClusterTable,
+        meant: Meant<'_>,
+    ) -> Decided {
+        let node = cluster.nodes().get(meant.node);
+        let addresses: &[IpAddr] = match &meant.to.host {
+            Host::Ip(ip) => &[*ip],
+            Host::Name(_) => match routes.addresses_of(meant.node) {
+                [] => node.map_or(&[], |node| &node.addresses),
+                configured => configured,
+            },
+        };
+        let subject = Subject {
+            wish: node.and_then(|node| node.path.as_ref()),
+            pool: node.and_then(|node| node.pool.as_deref()),
+            is_private: node.is_some_and(|node| node.is_private),
+            addresses,
+        };
+        self.policy
+            .decide(subject, |address| others(routes, cluster, meant, address))
+    }
+
+    /// Remembers where a connection of ours comes from, for as long as what is returned lives.
+    pub(crate) fn came_from(&self, local: SocketAddr) -> Dialled {
+        self.dialled.lock().insert(canonical(local));
+        Dialled {
+            local: canonical(local),
+            all: Arc::clone(&self.dialled),
+        }
+    }
+
+    /// Whether a connection from there is one that we have dialled ourselves: rules of this machine led it back.
+    pub(crate) fn has_dialled_from(&self, source: SocketAddr) -> bool {
+        self.dialled.lock().contains(&canonical(source))
+    }
+}
+
+/// A connection of ours by a line.
+#[derive(Debug)]
+pub(crate) struct Dialled {
+    local: SocketAddr,
+    all: Arc<Mutex<HashSet<SocketAddr>>>,
+}
+
+impl Drop for Dialled {
+    fn drop(&mut self) {
+        self.all.lock().remove(&self.local);
+    }
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Everybody else who has that address, by the configuration or in the cluster.
+fn others(
+    routes: &RouteTable,
+    cluster: &ClusterTable,
+    meant: Meant<'_>,
+    address: IpAddr,
+) -> Vec<Claimant> {
+    let pod = meant.pod.map(|pod| pod.pod.as_str());
+    let mut others = cluster.others_at(address, meant.node, pod);
+    for claim in routes.claims(address) {
+        if claim.node != meant.node {
+            let of_cluster = cluster.nodes().get(&claim.node);
+            others.push(Claimant {
+                name: format!("node {}", claim.node),
+                pool: of_cluster.and_then(|node| node.pool.clone()),
+            });
+        }
+    }
+    others
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::path::policy::{Decision, Unfit};
+    use crate::route::tests::entry;
+
+    fn paths(text: &str) -> Paths {
+        let config: Config = daemon::config::parse(Path::new("x.yaml"), text).unwrap();
+        Paths {
+            policy: Policy::new(&config),
+            ..Paths::default()
+        }
+    }
+
+    #[test]
+    fn configured_nodes_are_dialled_at_their_addresses_and_never_by_name() {
+        let paths = paths(
+            "path: {default: auto}\nlines: [{name: l, networks: [10.0.0.0/8, 192.168.0.0/16]}]",
+        );
+        let routes = RouteTable::new(&[
+            entry("edge1", None, &["10.9.0.0/16", "10.0.0.7", "192.168.1.10"]),
+            entry("edge2", None, &["192.168.1.10"]),
+            entry("bare", None, &[]),
+        ]);
+        for (node, to, wanted) in [
+            ("edge1", "edge1:1", Ok("10.0.0.7")),
+            ("edge1", "10.9.0.1:1", Ok("10.9.0.1")),
+            (
+                "edge1",
+                "192.168.1.10:1",
+                Err("192.168.1.10 is also that of node edge2, "),
+            ),
+            (
+                "edge2",
+                "edge2:1",
+                Err("192.168.1.10 is also that of node edge1, "),
+            ),
+            ("bare", "bare:1", Err("no address of it is known")),
+        ] {
+            let to = to.parse().unwrap();
+            let meant = Meant {
+                node,
+                to: &to,
+                pod: None,
+            };
+            let decided = paths.decide(&routes, &ClusterTable::default(), meant);
+            match (&decided.decision, wanted) {
+                (Decision::Auto(bypass), Ok(address)) => {
+                    assert_eq!(bypass.address.to_string(), address, "{node} {to}");
+                }
+                (Decision::Tunnel, Err(_) | Ok(_)) => {
+                    let why = decided
+                        .unfit
+                        .as_ref()
+                        .map(Unfit::to_string)
+                        .unwrap_or_default();
+                    assert!(
+                        wanted.is_err_and(|wanted| why.starts_with(wanted)),
+                        "{node} {to}: {why:?}"
+                    );
+                }
+                (other, _) => panic!("{node} {to}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_connection_of_ours_is_known_by_its_source_while_it_lives() {
+        let paths = Paths::default();
+        let source = "10.0.0.1:4711".parse().unwrap();
+        let dialled = paths.came_from(source);
+        assert!(paths.has_dialled_from(source));
+        assert!(paths.has_dialled_from("[::ffff:10.0.0.1]:4711".parse().unwrap()));
+        assert!(!paths.has_dialled_from("10.0.0.1:4712".parse().unwrap()));
+        drop(dialled);
+        assert!(!paths.has_dialled_from(source));
+    }
+}

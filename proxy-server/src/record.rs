@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use proto::{Counters, Destination, Reason};
 use tokio::time::Instant;
 
+use crate::config::Line;
 use crate::metrics::Metrics;
 use crate::serve::Request;
 use crate::serve::open::Way;
@@ -74,6 +75,8 @@ pub struct StreamRecord {
     pub session: String,
     /// The other server, if it goes through one.
     pub via: String,
+    /// The line, if it is dialled by one.
+    pub line: Option<Arc<Line>>,
     /// What moved.
     pub counters: Arc<Counters>,
     started: Instant,
@@ -97,6 +100,7 @@ impl StreamRecord {
             node: String::new(),
             session: String::new(),
             via: String::new(),
+            line: None,
             counters: Arc::default(),
             started: Instant::now(),
             answered: None,
@@ -108,10 +112,19 @@ impl StreamRecord {
     /// The way that is tried now, or that counts in the end.
     pub(crate) fn tried(&mut self, way: &Way) {
         self.session = way.id();
+        self.line = None;
         (self.path, self.via) = match way {
             Way::Agent(_) => (Path::Tunnel, String::new()),
             Way::Peer(peer) => (Path::Peer, peer.server.to_string()),
         };
+    }
+
+    /// The line that is tried now, or that counts in the end.
+    pub(crate) fn tried_line(&mut self, line: &Arc<Line>) {
+        self.path = Path::Direct;
+        self.session.clear();
+        self.via.clear();
+        self.line = Some(Arc::clone(line));
     }
 
     /// The destination answered.
@@ -151,6 +164,7 @@ impl Drop for StreamRecord {
             path = self.path.label(),
             session = self.session,
             via = self.via,
+            line = self.line.as_ref().map(|line| line.name.as_str()),
             reason = self.outcome.label(),
             said = self.sentence,
             to_edge,
@@ -176,6 +190,8 @@ pub struct RequestRecord {
     url_path: String,
     /// What the exporter answered.
     pub status: Option<u16>,
+    /// Which way it was answered.
+    pub path: Path,
     /// Bytes of the request's body.
     pub to_edge: Arc<AtomicU64>,
     /// Bytes of the answer's body.
@@ -197,6 +213,7 @@ impl RequestRecord {
             node: String::new(),
             url_path: url_path.to_owned(),
             status: None,
+            path: Path::None,
             to_edge: Arc::default(),
             from_edge: 0,
             started: Instant::now(),
@@ -214,12 +231,6 @@ impl RequestRecord {
 
 impl Drop for RequestRecord {
     fn drop(&mut self) {
-        // Kept connections lead to the edge and nowhere else.
-        let path = if self.status.is_some() {
-            Path::Tunnel
-        } else {
-            Path::None
-        };
         tracing::info!(
             target: "access",
             frontend = self.frontend,
@@ -227,7 +238,7 @@ impl Drop for RequestRecord {
             from = self.from,
             destination = %self.destination,
             node = self.node,
-            path = path.label(),
+            path = self.path.label(),
             url_path = self.url_path,
             status = self.status,
             reason = self.outcome.label(),

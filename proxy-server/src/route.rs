@@ -82,6 +82,8 @@ impl From<bool> for Presence {
 #[derive(Debug, Default, Clone)]
 pub struct RouteTable {
     names: HashMap<String, (AgentName, Option<IpAddr>)>,
+    /// Addresses that are one node's whole.
+    own: HashMap<String, Vec<IpAddr>>,
     nets: BTreeMap<IpNet, Vec<Claim>>,
     /// Prefix lengths that there are.
     lengths: BTreeSet<u8>,
@@ -112,9 +114,11 @@ impl RouteTable {
                 table.lengths.insert(cidr.0.prefix_len());
             }
             let whole = |cidr: &&Cidr| cidr.0.prefix_len() == cidr.0.max_prefix_len();
-            let address = (entry.node != agent.as_str())
-                .then(|| entry.addresses.iter().find(whole).map(|cidr| cidr.0.addr()))
-                .flatten();
+            let own = entry.addresses.iter().filter(whole);
+            let own: Vec<_> = own.map(|cidr| cidr.0.addr()).collect();
+            let is_other = entry.node != agent.as_str();
+            let address = own.first().copied().filter(|_| is_other);
+            table.own.entry(entry.node.clone()).or_default().extend(own);
             table.names.insert(entry.node.clone(), (agent, address));
         }
         table
@@ -159,6 +163,11 @@ impl RouteTable {
         self.names
             .iter()
             .map(|(node, (agent, _))| (node.as_str(), agent))
+    }
+
+    /// The configured addresses of a node, networks left out.
+    pub(crate) fn addresses_of(&self, node: &str) -> &[IpAddr] {
+        self.own.get(node).map_or(&[], Vec::as_slice)
     }
 
     /// Every configured address and CIDR, with the nodes that have it.

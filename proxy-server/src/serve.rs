@@ -5,6 +5,8 @@
 //! | permits | none left | overloaded |
 //! | route | two nodes share the address; not at the edge and `refuse` | both names; unknown destination |
 //! | policy | the frontend's rules don't permit it | destination, requester: not allowed |
+//! | path | by a line and nothing else, and none may be taken | node X: more than one node has that address: … |
+//! | dial by a line | refused, unreachable, or silent for a while | the tunnel is tried, too, if that may be (`serve/line.rs`) |
 //! | pick | no session, here or at another server | node X: no session since …, last error: … |
 //! | open, header | session lost, or another server lacks it | the next way is tried, as no byte of the request is on its way; else session lost |
 //! | open, header | no sign of life | the next way is tried beside it (`serve/tunnel.rs`) |
@@ -12,6 +14,7 @@
 //! | reply | none in time; a reason of the agent | node X: no answer in time; the agent's words |
 //! | relay | any | nothing can be said any more: a reset, the reason in log, metric and the next answer |
 
+pub(crate) mod line;
 pub(crate) mod open;
 pub(crate) mod tunnel;
 
@@ -21,7 +24,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use open::{Ask, Carried, Way};
+use open::{Ask, Carried};
 use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
 use proto::transport::tcp::{self, TcpRecv, TcpSend};
 use proto::{
@@ -31,7 +34,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tunnel::Reach;
 
 use crate::cluster::Cluster;
 use crate::config::{Elsewhere, Mark, Timeouts};
@@ -39,7 +41,7 @@ use crate::error::Refusal;
 use crate::frontend::policy::{Policy, Requester};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::path::direct;
+use crate::path::{Dialled, Paths, direct};
 use crate::peer::Peers;
 use crate::record::{Outcome, Path, StreamRecord};
 use crate::registry::Registry;
@@ -75,6 +77,8 @@ pub struct Forwarder {
     pub timeouts: Timeouts,
     /// Our own listeners, never dialled directly.
     pub own: ArcSwap<Vec<SocketAddr>>,
+    /// How nodes are reached.
+    pub paths: Paths,
     /// The mark of direct dials, if they have one.
     pub mark: Option<Mark>,
     /// Cancelled when the drain is over: what still runs is reset.
@@ -99,7 +103,7 @@ pub struct Request {
 #[derive(Debug)]
 enum Halves {
     Tunnel(Carried, QuicSend, QuicRecv),
-    Direct(TcpSend, TcpRecv),
+    Direct(TcpSend, TcpRecv, Option<Dialled>),
 }
 
 /// A stream that the destination has accepted, before its first byte.
@@ -258,24 +262,27 @@ impl Forwarder {
                     requester: request.requester.words(),
                     deadline,
                 };
-                let tried = |way: &Way| record.tried(way);
-                let stream = self.tunnel(&ask, Reach::Anywhere, tried).await;
-                let stream = stream.map_err(|failure| failure.refusal(&ask))?;
-                let halves = Halves::Tunnel(stream.carried, stream.send, stream.recv);
-                Ok((halves, stream.early, permit))
+                let (halves, early) = self.to_edge(&ask, record).await?;
+                Ok((halves, early, permit))
             }
             Route::Elsewhere(to) => {
                 record.path = Path::Direct;
                 let own = self.own.load();
                 let stream = direct::dial(&to, &own, self.mark, deadline).await?;
                 let (send, recv) = tcp::halves(stream);
-                Ok((Halves::Direct(send, recv), Bytes::new(), permit))
+                Ok((Halves::Direct(send, recv, None), Bytes::new(), permit))
             }
         }
     }
 }
 
 impl Opened {
+    /// Which way it takes.
+    #[must_use]
+    pub const fn path(&self) -> Path {
+        self.record.path
+    }
+
     /// Relays between the requester's connection and the destination until both are done, and records the end.
     /// `from_requester` is what was already read behind the request. After [`RelayEnd::Cut`] the caller makes `io` end
     /// abnormally.
@@ -333,7 +340,7 @@ impl Opened {
             Halves::Tunnel(_carried, mut send, mut recv) => {
                 relay(&settings, (&mut send, &mut recv), io, early, cut).await
             }
-            Halves::Direct(mut send, mut recv) => {
+            Halves::Direct(mut send, mut recv, _dialled) => {
                 relay(&settings, (&mut send, &mut recv), io, early, cut).await
             }
         };

@@ -32,6 +32,7 @@ use crate::config::Elsewhere;
 use crate::error::Refusal;
 use crate::route::{Presence, Route, RouteTable};
 
+mod claimants;
 mod endpoints;
 mod services;
 

@@ -29,6 +29,7 @@ use hyper::service::service_fn;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioIo, TokioTimer};
 pub use pool::Pool;
+use pool::Taken;
 use proto::{Destination, Reason, RelayEnd};
 use tokio::time::timeout;
 use way::Way;
@@ -252,6 +253,8 @@ impl ForwardProxy {
         }
         let (mut head, body) = answered?.into_parts();
         record.status = Some(head.status.as_u16());
+        let taken = head.extensions.get::<Taken>();
+        record.path = taken.map_or(Path::Tunnel, |Taken(path)| *path);
         strip_hop_by_hop(&mut head.headers);
         let body = Answered { body, record };
         Ok(Response::from_parts(head, body.boxed()))

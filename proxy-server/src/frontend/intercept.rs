@@ -16,6 +16,7 @@
 //! | | | we are stopping | an alert, `503`, a reset (`draining`) |
 //! | decide | name, else original destination (`intercept/destination.rs`) | neither | alert `unrecognized_name`, `403`, a reset (`unknown_destination`) |
 //! | | | two nodes share the address | the same with `ambiguous_destination` |
+//! | | | it is our own dial by a line, led back by rules of this machine | the same with `forbidden_destination` |
 //! | open | [`Forwarder::open`] | no rule permits that node and port | alert `access_denied`, `403`, a reset (`not_allowed`) |
 //! | | | no session, refused, denied, … | alert `internal_error` or `access_denied`; the status and the sentence; a reset |
 //! | relay | what was read goes first | cut | a reset |
@@ -227,6 +228,13 @@ impl Intercept {
             Err(Unread::Stop(stop)) => return Err(stop),
             Err(Unread::Nameless(refusal)) => Some(refusal),
         };
+        // Only now: whoever dialled it has begun to relay.
+        if self.forwarder.paths.has_dialled_from(peer) {
+            return Err(stop(
+                Reason::ForbiddenDestination,
+                "a dial of this server by a line was led back here: rules of this machine don't exempt its mark",
+            ));
+        }
         match clues.destination(settings.port, &at_edge) {
             Ok(Some(destination)) => Ok(destination),
             Ok(None) => Err(Stop::Refused(unread.unwrap_or_else(|| Refusal {

@@ -9,6 +9,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use proto::{Destination, Host, Reason, is_loopback, is_never_dialled};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -18,7 +19,7 @@ use crate::config::Mark;
 use crate::error::Refusal;
 
 /// Whether the address is one that is never dialled.
-fn is_forbidden(ip: IpAddr) -> bool {
+pub(super) fn is_forbidden(ip: IpAddr) -> bool {
     is_never_dialled(ip) || is_loopback(ip)
 }
 
@@ -51,7 +52,7 @@ pub(crate) fn interfaces() -> Vec<IpAddr> {
     all.filter_map(address).collect()
 }
 
-fn reason(error: &io::Error) -> Reason {
+pub(super) fn reason(error: &io::Error) -> Reason {
     #[expect(
         clippy::wildcard_enum_match_arm,
         reason = "ErrorKind is not exhaustive"
@@ -81,12 +82,17 @@ fn refusal(destination: &Destination, address: SocketAddr, error: &io::Error) ->
         Host::Name(_) => format!("dialled {address}"),
     };
     if reason == Reason::DialFailed {
-        let words = error.raw_os_error().map(nix::errno::Errno::from_raw);
-        let words = words.map_or_else(|| error.to_string(), |errno| errno.desc().to_owned());
+        let words = words(error);
         let comma = if detail.is_empty() { "" } else { ", " };
         detail = format!("{detail}{comma}{words}");
     }
     Refusal::detailed(destination, reason, &detail)
+}
+
+/// An error of the kernel in its words.
+pub(super) fn words(error: &io::Error) -> String {
+    let errno = error.raw_os_error().map(nix::errno::Errno::from_raw);
+    errno.map_or_else(|| error.to_string(), |errno| errno.desc().to_owned())
 }
 
 fn unresolved(destination: &Destination, error: &io::Error) -> Refusal {
@@ -128,7 +134,11 @@ pub async fn dial(
             last = Refusal::about(destination, Reason::ForbiddenDestination);
             continue;
         }
-        match timeout(share, connect(address, mark)).await {
+        let out = Out {
+            mark,
+            ..Out::default()
+        };
+        match timeout(share, connect(address, &out)).await {
             Ok(Ok(stream)) => {
                 prepare(&stream);
                 return Ok(stream);
@@ -140,17 +150,63 @@ pub async fn dial(
     Err(last)
 }
 
-async fn connect(address: SocketAddr, mark: Option<Mark>) -> io::Result<TcpStream> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4(),
-        SocketAddr::V6(_) => TcpSocket::new_v6(),
-    }?;
-    if let Some(mark) = mark {
-        SockRef::from(&socket).set_mark(mark.get())?;
+/// How a connection leaves this machine.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Out<'a> {
+    /// With this mark.
+    pub(super) mark: Option<Mark>,
+    /// From this address.
+    pub(super) source: Option<IpAddr>,
+    /// By this interface or VRF.
+    pub(super) interface: Option<&'a str>,
+}
+
+impl Out<'_> {
+    /// A socket that leaves so.
+    ///
+    /// # Errors
+    /// What the kernel says, and to which of the three.
+    pub(super) fn socket(&self, is_v4: bool) -> Result<TcpSocket, (Step, io::Error)> {
+        let socket = if is_v4 {
+            TcpSocket::new_v4()
+        } else {
+            TcpSocket::new_v6()
+        };
+        let socket = socket.map_err(|error| (Step::Socket, error))?;
+        if let Some(mark) = self.mark {
+            let marked = SockRef::from(&socket).set_mark(mark.get());
+            marked.map_err(|error| (Step::Mark, error))?;
+        }
+        if let Some(interface) = self.interface {
+            let bound = socket.bind_device(Some(interface.as_bytes()));
+            bound.map_err(|error| (Step::Interface, error))?;
+        }
+        if let Some(source) = self.source {
+            // The port is chosen with the destination known, so that there are enough of them.
+            nix::sys::socket::setsockopt(&socket, IpBindAddressNoPort, &true).ok();
+            let bound = socket.bind(SocketAddr::new(source, 0));
+            bound.map_err(|error| (Step::Source, error))?;
+        }
+        Ok(socket)
     }
+}
+
+/// What the kernel was asked for when it said no.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    Socket,
+    Mark,
+    Interface,
+    Source,
+}
+
+pub(super) async fn connect(address: SocketAddr, out: &Out<'_>) -> io::Result<TcpStream> {
+    let socket = out
+        .socket(address.is_ipv4())
+        .map_err(|(_step, error)| error)?;
     #[expect(
         clippy::disallowed_methods,
-        reason = "the one place that dials without a tunnel"
+        reason = "the one place that dials past the tunnel"
     )]
     let connected = socket.connect(address).await;
     connected
@@ -165,7 +221,7 @@ pub(crate) fn may_mark(mark: Mark) -> io::Result<()> {
 }
 
 /// No delay, and a destination that vanishes without a word is noticed.
-fn prepare(stream: &TcpStream) {
+pub(super) fn prepare(stream: &TcpStream) {
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(30))
         .with_interval(Duration::from_secs(10))

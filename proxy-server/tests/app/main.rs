@@ -22,6 +22,7 @@ mod fleet;
 mod hostile;
 mod intercept;
 mod konnectivity;
+mod line;
 mod peers;
 mod pods;
 mod rotation;

@@ -187,7 +187,7 @@ fn of_many_claimants_some_are_named() {
     );
 }
 
-fn reaching() -> ClusterTable {
+pub(super) fn reaching() -> ClusterTable {
     let pods = pods(&[
         ("default/web", "edge1", &["10.244.1.5", "fd00::5"]),
         ("default/twin", "edge1", &["10.244.1.6"]),

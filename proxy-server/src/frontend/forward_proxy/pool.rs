@@ -26,6 +26,7 @@ use super::way::Way;
 use crate::config::Elsewhere;
 use crate::error::Refusal;
 use crate::frontend::policy::{Policy, Requester};
+use crate::record::Path;
 use crate::serve::{Forwarder, Request};
 
 /// Scrape intervals are mostly 15 s to 60 s.
@@ -165,6 +166,7 @@ impl tower_service::Service<Uri> for Connector {
                 .open_on(request, way.route(), std::future::pending())
                 .await;
             let opened = opened.map_err(ConnectError)?;
+            let path = opened.path();
             let (near, mut far) = tokio::io::duplex(BUFFER);
             let cut = Arc::new(OnceLock::new());
             let tell = Arc::clone(&cut);
@@ -173,7 +175,7 @@ impl tower_service::Service<Uri> for Connector {
                     tell.get_or_init(|| reason);
                 }
             });
-            Ok(TokioIo::new(Tunnelled { near, cut }))
+            Ok(TokioIo::new(Tunnelled { near, cut, path }))
         })
     }
 }
@@ -184,7 +186,12 @@ impl tower_service::Service<Uri> for Connector {
 struct Tunnelled {
     near: DuplexStream,
     cut: Arc<OnceLock<Reason>>,
+    path: Path,
 }
+
+/// Which way a connection takes, for whom is answered over it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Taken(pub(super) Path);
 
 /// A stream was cut.
 #[derive(Debug, thiserror::Error)]
@@ -203,7 +210,12 @@ impl Tunnelled {
 
 impl Connection for Tunnelled {
     fn connected(&self) -> Connected {
-        Connected::new()
+        let connected = Connected::new().extra(Taken(self.path));
+        if self.path == Path::Direct {
+            // A line may be silent by the next scrape, and a request that is on its way is not tried again.
+            connected.poison();
+        }
+        connected
     }
 }
 

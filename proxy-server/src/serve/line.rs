@@ -1,0 +1,208 @@
+//! To the edge by whatever way: the tunnel, a line, or both beside one another.
+//!
+//! | path | what is tried | who asked is told |
+//! | --- | --- | --- |
+//! | `tunnel` | the tunnel | its failure |
+//! | `direct` | the line, until `timeouts.dial` | its failure, with the line's name |
+//! | `direct`, and no line may be taken | nothing | why: who else has the address, or that none is known |
+//! | `auto` | the line; after `path.raceAfter`, or at once when it fails, the tunnel beside it | the tunnel's failure with the line's; the line's where there is no session |
+//!
+//! What answers first is used, the line where both do. The other is dropped: not a byte of the request is on it. The word
+//! of an agent that has dialled, or will not, is final, as there is one destination; a tunnel without a session leaves the
+//! line its time.
+
+use std::pin::pin;
+
+use bytes::Bytes;
+use proto::Reason;
+use proto::transport::tcp;
+use tokio::net::TcpStream;
+use tokio::time::sleep;
+
+use super::open::{Ask, Failure, Stream};
+use super::tunnel::Reach;
+use super::{Forwarder, Halves};
+use crate::error::Refusal;
+use crate::path::Meant;
+use crate::path::dial::{self, Failed};
+use crate::path::policy::{Bypass, Decided, Decision, Unfit};
+use crate::record::StreamRecord;
+
+/// What came of a race.
+enum Won {
+    Line(TcpStream),
+    Tunnel(Stream),
+    Nobody(Failure, Option<Failed>),
+}
+
+impl Forwarder {
+    /// How what is asked for is reached now.
+    pub(crate) fn path_of(&self, ask: &Ask) -> Decided {
+        let (routes, cluster) = (self.routing.table.load(), self.routing.cluster.table());
+        let meant = Meant {
+            node: &ask.node,
+            to: &ask.destination,
+            pod: ask.pod.as_ref(),
+        };
+        self.paths.decide(&routes, &cluster, meant)
+    }
+
+    /// Opens a stream to the edge.
+    pub(super) async fn to_edge(
+        &self,
+        ask: &Ask,
+        record: &mut StreamRecord,
+    ) -> Result<(Halves, Bytes), Refusal> {
+        if self.paths.is_idle() {
+            return self.by_tunnel(ask, record).await;
+        }
+        let decided = self.path_of(ask);
+        match decided.decision {
+            Decision::Tunnel => self.by_tunnel(ask, record).await,
+            Decision::Refused => Err(refused(ask, decided.unfit.as_ref())),
+            Decision::Direct(bypass) => {
+                let stream = self.by_line(ask, &bypass, record).await;
+                let stream = stream.map_err(|failed| told(ask, &failed))?;
+                Ok(self.direct(stream))
+            }
+            Decision::Auto(bypass) => self.by_either(ask, &bypass, record).await,
+        }
+    }
+
+    async fn by_tunnel(
+        &self,
+        ask: &Ask,
+        record: &mut StreamRecord,
+    ) -> Result<(Halves, Bytes), Refusal> {
+        let tried = |way: &_| record.tried(way);
+        let stream = self.tunnel(ask, Reach::Anywhere, tried).await;
+        Ok(tunnelled(stream.map_err(|failure| failure.refusal(ask))?))
+    }
+
+    async fn by_line(
+        &self,
+        ask: &Ask,
+        bypass: &Bypass,
+        record: &mut StreamRecord,
+    ) -> Result<TcpStream, Failed> {
+        record.tried_line(&bypass.line);
+        self.dial(ask, bypass).await
+    }
+
+    async fn by_either(
+        &self,
+        ask: &Ask,
+        bypass: &Bypass,
+        record: &mut StreamRecord,
+    ) -> Result<(Halves, Bytes), Refusal> {
+        record.tried_line(&bypass.line);
+        match self.race(ask, bypass, record).await {
+            Won::Line(stream) => {
+                record.tried_line(&bypass.line);
+                Ok(self.direct(stream))
+            }
+            Won::Tunnel(stream) => Ok(tunnelled(stream)),
+            Won::Nobody(failure, None) => Err(failure.refusal(ask)),
+            Won::Nobody(failure, Some(failed)) => Err(both(ask, &failure, &failed)),
+        }
+    }
+
+    /// The line, and the tunnel beside it when that is slow or fails.
+    async fn race(&self, ask: &Ask, bypass: &Bypass, record: &mut StreamRecord) -> Won {
+        let mut line = pin!(self.dial(ask, bypass));
+        let mut tunnel = pin!(self.tunnel(ask, Reach::Anywhere, |way| record.tried(way)));
+        let mut alone = pin!(sleep(self.paths.settings.race_after));
+        let (mut failed, mut lost) = (None, None);
+        let mut is_beside = false;
+        loop {
+            tokio::select! {
+                biased;
+                dialled = &mut line, if failed.is_none() => match (dialled, lost.take()) {
+                    (Ok(stream), _) => return Won::Line(stream),
+                    (Err(error), Some(failure)) => return Won::Nobody(failure, Some(error)),
+                    (Err(error), None) => {
+                        failed = Some(error);
+                        is_beside = true;
+                    }
+                },
+                opened = &mut tunnel, if is_beside && lost.is_none() => match opened {
+                    Ok(stream) => {
+                        if failed.is_none() {
+                            self.paths.metrics.dialled(&bypass.line.name, "lost");
+                        }
+                        return Won::Tunnel(stream);
+                    }
+                    Err(failure) if failed.is_some() || (failure.answered && !failure.another) => {
+                        return Won::Nobody(failure, failed);
+                    }
+                    Err(failure) => lost = Some(failure),
+                },
+                () = &mut alone, if !is_beside => is_beside = true,
+            }
+        }
+    }
+
+    async fn dial(&self, ask: &Ask, bypass: &Bypass) -> Result<TcpStream, Failed> {
+        let own = self.own.load_full();
+        let settings = dial::Settings {
+            own: &own,
+            mark: self.mark,
+            silence: self.paths.settings.silence,
+        };
+        let port = ask.destination.port;
+        let dialled = dial::dial(bypass, port, settings, ask.deadline).await;
+        let result = match &dialled {
+            Ok(_stream) => "ok",
+            Err(failed) => failed.reason.label(),
+        };
+        self.paths.metrics.dialled(&bypass.line.name, result);
+        dialled
+    }
+
+    fn direct(&self, stream: TcpStream) -> (Halves, Bytes) {
+        let dialled = stream.local_addr().ok();
+        let dialled = dialled.map(|local| self.paths.came_from(local));
+        let (send, recv) = tcp::halves(stream);
+        (Halves::Direct(send, recv, dialled), Bytes::new())
+    }
+}
+
+fn tunnelled(stream: Stream) -> (Halves, Bytes) {
+    let halves = Halves::Tunnel(stream.carried, stream.send, stream.recv);
+    (halves, stream.early)
+}
+
+fn subject(ask: &Ask) -> String {
+    format!("node {}", ask.node)
+}
+
+fn told(ask: &Ask, failed: &Failed) -> Refusal {
+    Refusal::detailed(subject(ask), failed.reason, &failed.detail)
+}
+
+/// Neither way led there.
+fn both(ask: &Ask, failure: &Failure, failed: &Failed) -> Refusal {
+    if failure.reason == Reason::NoSession {
+        let Refusal { reason, sentence } = told(ask, failed);
+        let by_tunnel = failure.refusal(ask).sentence;
+        let sentence = format!("{sentence}; by the tunnel {by_tunnel}");
+        return Refusal { reason, sentence };
+    }
+    let Refusal { reason, sentence } = failure.refusal(ask);
+    let said = failed.reason.sentence();
+    let sentence = format!("{sentence}; {said}: {}", failed.detail);
+    Refusal { reason, sentence }
+}
+
+fn refused(ask: &Ask, unfit: Option<&Unfit>) -> Refusal {
+    let reason = match unfit {
+        Some(Unfit::Shared { .. } | Unfit::SeveralLines { .. }) => Reason::AmbiguousDestination,
+        Some(Unfit::NoAddress) | None => Reason::DialUnreachable,
+    };
+    let why = unfit.map(Unfit::to_string).unwrap_or_default();
+    Refusal::detailed(
+        subject(ask),
+        reason,
+        &format!("its path is direct, and {why}"),
+    )
+}

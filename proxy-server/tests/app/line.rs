@@ -1,0 +1,321 @@
+//! Nodes that are dialled past the tunnel. Sites are addresses of loopback, and the tunnel leads to 127.0.0.1: each says its
+//! own word at the same port, so that every answer tells which way it came.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use socket2::{Domain, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::task::JoinSet;
+
+use crate::api::Api;
+use crate::cluster::{edge, is_told, start, told};
+use crate::stack::{Stack, allow, within};
+
+/// Something at an address that says a word to whoever connects, then echoes.
+pub(crate) struct Site {
+    listener: Arc<TcpListener>,
+    answering: JoinSet<()>,
+    /// What fills the queue of a site that is silent.
+    waiting: Vec<TcpStream>,
+    word: &'static str,
+}
+
+impl Site {
+    /// One that answers.
+    pub(crate) fn open(address: SocketAddr, word: &'static str) -> std::io::Result<Self> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        // So short that it can be filled.
+        socket.listen(1)?;
+        let mut site = Self {
+            listener: Arc::new(TcpListener::from_std(socket.into())?),
+            answering: JoinSet::new(),
+            waiting: Vec::new(),
+            word,
+        };
+        site.answer();
+        Ok(site)
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.listener.local_addr().unwrap().port()
+    }
+
+    /// From now on nobody is answered in any way, as behind a line that is cut: the queue is full, and the kernel drops
+    /// what comes. What was connected is cut.
+    pub(crate) async fn fall_silent(&mut self) {
+        self.answering.abort_all();
+        while self.answering.join_next().await.is_some() {}
+        let address = self.listener.local_addr().unwrap();
+        #[expect(clippy::disallowed_methods, reason = "what fills the queue")]
+        while let Ok(connected) =
+            tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address)).await
+        {
+            self.waiting.push(connected.unwrap());
+        }
+    }
+
+    /// Whoever comes, and still waits, is answered.
+    pub(crate) fn answer(&mut self) {
+        self.waiting.clear();
+        let (listener, word) = (Arc::clone(&self.listener), self.word);
+        self.answering.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                connections.spawn(async move {
+                    if stream.write_all(word.as_bytes()).await.is_ok() {
+                        let (mut read, mut write) = stream.split();
+                        tokio::io::copy(&mut read, &mut write).await.ok();
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// What the tunnel leads to, and a site at each of these addresses, all at one port.
+pub(crate) fn sites<const N: usize>(addresses: [&str; N]) -> (Site, [Site; N]) {
+    for _ in 0..50 {
+        let agents = Site::open("127.0.0.1:0".parse().unwrap(), "tunnel").unwrap();
+        let port = agents.port();
+        let open = addresses.map(|address| {
+            let word: &'static str = format!("line {address}").leak();
+            Site::open(format!("{address}:{port}").parse().unwrap(), word)
+        });
+        if open.iter().all(Result::is_ok) {
+            return (agents, open.map(Result::unwrap));
+        }
+    }
+    panic!("no port is free at all of {addresses:?}");
+}
+
+/// The word of whoever answers.
+pub(crate) async fn word(stream: &mut (impl AsyncReadExt + Unpin)) -> String {
+    let mut buffer = [0; 64];
+    let count = within(stream.read(&mut buffer)).await.unwrap_or(0);
+    String::from_utf8(buffer[..count].to_vec()).unwrap()
+}
+
+/// Who answers there, or the status line.
+async fn who(stack: &Stack, to: &str) -> String {
+    match within(stack.connect(to)).await {
+        Ok(mut stream) => word(&mut stream).await,
+        Err(line) => line,
+    }
+}
+
+/// That a stream still carries bytes both ways.
+async fn carries(stream: &mut UnixStream) {
+    stream.write_all(b"still there").await.unwrap();
+    let mut answer = [0; 11];
+    within(stream.read_exact(&mut answer)).await.unwrap();
+    assert_eq!(&answer, b"still there");
+}
+
+const LINE: &str = "lines: [{name: express, networks: [127.0.0.0/8]}]\n";
+
+fn route(node: &str, address: &str) -> String {
+    format!("{{node: {node}, addresses: [{address}]}}")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_on_a_line_is_dialled_without_any_agent() {
+    let (_agents, [site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    for mode in ["auto", "direct"] {
+        let line = format!(
+            "lines: [{{name: express, networks: [127.0.0.0/8], interface: lo, source: 127.0.0.5, mode: {mode}}}]\n"
+        );
+        let stack = Stack::start(&(line + &routes));
+        for to in ["edge1", "127.0.0.9"] {
+            let mut stream = stack.connect(&format!("{to}:{port}")).await.unwrap();
+            assert_eq!(word(&mut stream).await, "line 127.0.0.9", "{to}");
+            carries(&mut stream).await;
+        }
+        let ok = stack
+            .metric("corvid_line_dials_total{line=\"express\",result=\"ok\"}")
+            .await;
+        assert!((ok - 2.0).abs() < f64::EPSILON, "{ok}");
+        stack.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_fails_is_left_for_the_tunnel_and_taken_again() {
+    let (agents, [mut site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let to = format!("edge1:{port}");
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let mut stack = Stack::start(&(LINE.to_owned() + &routes));
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    let mut by_line = stack.connect(&to).await.unwrap();
+    assert_eq!(word(&mut by_line).await, "line 127.0.0.9");
+
+    // Silent: the tunnel is tried beside it and answers. One after the other does not help: nothing comes of the line.
+    site.fall_silent().await;
+    assert_eq!(who(&stack, &to).await, "tunnel");
+    let lost = "corvid_line_dials_total{line=\"express\",result=\"lost\"}";
+    assert!(stack.metric(lost).await >= 1.0);
+    site.answer();
+    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+
+    // Refused: at once, long before the time that a line has alone.
+    drop(site);
+    let mut by_tunnel = stack.connect(&to).await.unwrap();
+    assert_eq!(word(&mut by_tunnel).await, "tunnel");
+    let again = Site::open(format!("127.0.0.9:{port}").parse().unwrap(), "back").unwrap();
+    assert_eq!(who(&stack, &to).await, "back");
+    // What runs stays where it is.
+    carries(&mut by_tunnel).await;
+
+    // Neither: both are told.
+    drop((again, agents));
+    let neither = who(&stack, &to).await;
+    assert!(
+        neither.contains("502 node edge1: connection refused"),
+        "{neither}"
+    );
+    let by_line = format!("dialled 127.0.0.9:{port} by line express");
+    assert!(neither.contains(&by_line), "{neither}");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_session_the_line_has_all_the_time_there_is() {
+    let (_agents, [mut site]) = sites(["127.0.0.9"]);
+    let to = format!("edge1:{}", site.port());
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let stack = Stack::start(&(LINE.to_owned() + &routes));
+    site.fall_silent().await;
+    let asked = who(&stack, &to);
+    let comes_back = async {
+        // The tunnel has failed by then.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        site.answer();
+    };
+    let (answer, ()) = tokio::join!(asked, comes_back);
+    assert_eq!(answer, "line 127.0.0.9");
+    drop(site);
+    let refused = who(&stack, &to).await;
+    assert!(
+        refused.contains("502 node edge1: connection refused: dialled 127.0.0.9"),
+        "{refused}"
+    );
+    assert!(
+        refused.contains("by the tunnel node edge1: no session"),
+        "{refused}"
+    );
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_two_nodes_have_is_never_dialled_by_a_line() {
+    let (_agents, [site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let routes = format!(
+        "routes: [{}, {}, {}]",
+        route("edge1", "127.0.0.9"),
+        route("edge2", "127.0.0.9"),
+        route("edge3", "127.0.0.10"),
+    );
+    let mut stack = Stack::start(&(LINE.to_owned() + &routes));
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    assert_eq!(who(&stack, &format!("edge1:{port}")).await, "tunnel");
+    let alone = who(&stack, &format!("edge2:{port}")).await;
+    assert!(alone.contains("503 node edge2: no session"), "{alone}");
+    stack.stop().await;
+
+    let direct = LINE.replace("}]", ", mode: direct}]");
+    let stack = Stack::start(&(direct + &routes));
+    let refused = who(&stack, &format!("edge1:{port}")).await;
+    let wanted = "409 node edge1: more than one node has that address: its path is direct, and 127.0.0.9 is also that of node edge2, and no interface of a line says which is meant";
+    assert!(refused.contains(wanted), "{refused}");
+    // Nothing there, and no tunnel in its place.
+    let nothing = who(&stack, &format!("edge3:{port}")).await;
+    let wanted =
+        format!("502 node edge3: connection refused: dialled 127.0.0.10:{port} by line express");
+    assert!(nothing.contains(&wanted), "{nothing}");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_nodes_annotation_acts_on_the_next_request_and_cuts_nothing() {
+    let api = Api::start().await;
+    let (_agents, [site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let to = format!("edge1:{port}");
+    let said = |path: Option<&str>| {
+        let mut node = edge("edge1", &["192.168.1.10"]);
+        if let Some(path) = path {
+            node["metadata"]["annotations"] = json!({"corvid.io/path": path});
+        }
+        node
+    };
+    api.put(said(None));
+    let more = format!(
+        "kubernetes: {{kubeconfig: KUBECONFIG}}\n{LINE}routes: [{}]",
+        route("edge1", "127.0.0.9")
+    );
+    let mut stack = start(&api, &more);
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    let mut by_line = stack.connect(&to).await.unwrap();
+    assert_eq!(word(&mut by_line).await, "line 127.0.0.9");
+    let mut runs = vec![by_line];
+    for (path, wanted) in [
+        (Some("tunnel"), "tunnel"),
+        (Some("direct"), "line 127.0.0.9"),
+        (Some("tunnel"), "tunnel"),
+        // None of the words for it: as if nothing were said.
+        (Some("Direct!"), "line 127.0.0.9"),
+        (Some("tunnel"), "tunnel"),
+        (None, "line 127.0.0.9"),
+    ] {
+        api.put(said(path));
+        let changed = async {
+            loop {
+                let mut stream = stack.connect(&to).await.unwrap();
+                if word(&mut stream).await == wanted {
+                    return stream;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        runs.push(within(changed).await);
+    }
+    for stream in &mut runs {
+        carries(stream).await;
+    }
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_says_of_itself_leads_to_no_address_that_no_line_has() {
+    let api = Api::start().await;
+    let (_agents, [site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let mut node = edge("edge1", &["192.168.1.10"]);
+    node["metadata"]["annotations"] = json!({"corvid.io/path": "direct"});
+    node["metadata"]["labels"]["alibabacloud.com/interconnection-mode"] = json!("private");
+    api.put(node);
+    // Its address is on no line.
+    let more = format!(
+        "kubernetes: {{kubeconfig: KUBECONFIG}}\nlines: [{{name: other, networks: [10.0.0.0/8]}}]\nroutes: [{}]",
+        route("edge1", "127.0.0.9")
+    );
+    let stack = start(&api, &more);
+    is_told(&stack, "192.168.1.10:1", "503 node edge1").await;
+    let by_name = told(&stack, &format!("edge1:{port}")).await;
+    assert!(by_name.contains("503 node edge1: no session"), "{by_name}");
+    assert!((stack.metric("corvid_line_dials_total").await).abs() < f64::EPSILON);
+    stack.stop().await;
+}
