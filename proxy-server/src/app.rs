@@ -34,7 +34,7 @@ use crate::config::{Config, Mark};
 use crate::enrolment::Enrolment;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::path::{Paths, dial, direct};
+use crate::path::{Paths, dial, direct, probe};
 use crate::peer::{Peers, SETTLE};
 use crate::registry::Registry;
 use crate::reload::{Reloader, Source, frontend_tls, live};
@@ -421,6 +421,9 @@ impl Bound {
             let registry = forwarder.registry.clone();
             for_ever(&service, "standing", standing.close_gone(registry));
         }
+        if !forwarder.paths.is_idle() {
+            for_ever(&service, "probes", probe::run(Arc::clone(&forwarder)));
+        }
         for_ever(&service, "gauges", gauges(Arc::clone(&forwarder)));
         for_ever(&service, "reload", self.reloader.run(self.reload));
         let udp: Vec<Endpoint> = self.endpoints.iter().map(|(udp, _)| udp.clone()).collect();
@@ -554,6 +557,9 @@ async fn gauges(forwarder: Arc<Forwarder>) -> Infallible {
         forwarder.metrics.held.set(held);
         forwarder.routing.cluster.export();
         forwarder.peers.export();
+        if !forwarder.paths.is_idle() {
+            forwarder.paths.export();
+        }
         sleep(GAUGES).await;
     }
 }

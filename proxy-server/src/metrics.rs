@@ -1,6 +1,7 @@
 //! Every metric of a proxy-server, with its unit and help. Labels come from closed sets; node names are none.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
@@ -10,6 +11,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use proto::Reason;
 
+use crate::path::health::Switch;
 use crate::record::{Outcome, Path};
 
 /// A reason, or "ok".
@@ -245,11 +247,61 @@ pub struct LineLabels {
     pub result: &'static str,
 }
 
+/// Labels of a line.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OfLineLabels {
+    /// Its name.
+    pub line: String,
+}
+
+/// Labels of a verdict that has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SwitchLabels {
+    /// The line.
+    pub line: String,
+    /// `node` or `line`.
+    pub of: &'static str,
+    /// `up` or `down`.
+    pub to: &'static str,
+}
+
+/// Labels of a count of nodes on a line.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OnLineLabels {
+    /// The line.
+    pub line: String,
+    /// `up` or `down`.
+    pub state: &'static str,
+}
+
 /// What happens past the tunnel; registered only where a node may be reached so.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct LineMetrics {
     /// Dials of requests.
     pub dials: Family<LineLabels, Counter>,
+    /// How long those took that connected.
+    pub took: Family<OfLineLabels, Histogram, fn() -> Histogram>,
+    /// Probes.
+    pub probes: Family<LineLabels, Counter>,
+    /// Whether a line as a whole is up.
+    pub up: Family<OfLineLabels, Gauge>,
+    /// Nodes that are probed.
+    pub nodes: Family<OnLineLabels, Gauge>,
+    /// Verdicts that have changed.
+    pub switches: Family<SwitchLabels, Counter>,
+}
+
+impl Default for LineMetrics {
+    fn default() -> Self {
+        Self {
+            dials: Family::default(),
+            took: Family::new_with_constructor(dial_seconds),
+            probes: Family::default(),
+            up: Family::default(),
+            nodes: Family::default(),
+            switches: Family::default(),
+        }
+    }
 }
 
 impl LineMetrics {
@@ -260,6 +312,32 @@ impl LineMetrics {
             "Dials of requests by lines: ok, lost where the tunnel answered first, or why there was no connection",
             self.dials.clone(),
         );
+        registry.register_with_unit(
+            "line_dial",
+            "Dials of requests by lines that connected",
+            Unit::Seconds,
+            self.took.clone(),
+        );
+        registry.register(
+            "line_probes",
+            "Probes of nodes on lines: ok, or why there was no connection",
+            self.probes.clone(),
+        );
+        registry.register(
+            "line_up",
+            "Whether the line as a whole is taken",
+            self.up.clone(),
+        );
+        registry.register(
+            "line_nodes",
+            "Nodes on the line that are probed, by whether they are taken to work",
+            self.nodes.clone(),
+        );
+        registry.register(
+            "line_switches",
+            "Verdicts on nodes and lines that have changed",
+            self.switches.clone(),
+        );
     }
 
     /// Counts a dial of a request.
@@ -267,6 +345,55 @@ impl LineMetrics {
         let line = line.to_owned();
         self.dials.get_or_create(&LineLabels { line, result }).inc();
     }
+
+    /// Counts a dial that connected.
+    pub(crate) fn connected(&self, line: &str, took: Duration) {
+        self.dialled(line, "ok");
+        let line = line.to_owned();
+        let took_so_far = self.took.get_or_create(&OfLineLabels { line });
+        took_so_far.observe(took.as_secs_f64());
+    }
+
+    /// Counts a probe.
+    pub(crate) fn probed(&self, line: &str, result: &'static str) {
+        let line = line.to_owned();
+        let labels = LineLabels { line, result };
+        self.probes.get_or_create(&labels).inc();
+    }
+
+    /// Counts a verdict that has changed.
+    pub(crate) fn switched(&self, line: &str, switch: &Switch) {
+        let labels = SwitchLabels {
+            line: line.to_owned(),
+            of: if switch.node.is_some() {
+                "node"
+            } else {
+                "line"
+            },
+            to: if switch.is_up { "up" } else { "down" },
+        };
+        self.switches.get_or_create(&labels).inc();
+    }
+
+    /// Sets what a line is like now.
+    pub(crate) fn stands(&self, line: &str, is_up: bool, up: usize, down: usize) {
+        let of_line = OfLineLabels {
+            line: line.to_owned(),
+        };
+        self.up.get_or_create(&of_line).set(is_up.into());
+        for (state, count) in [("up", up), ("down", down)] {
+            let line = line.to_owned();
+            let gauge = self.nodes.get_or_create(&OnLineLabels { line, state });
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+}
+
+/// 1 ms to 15 s, where the dial gives up.
+fn dial_seconds() -> Histogram {
+    Histogram::new([
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
+    ])
 }
 
 /// The metrics. Clones are handles to the same ones.
@@ -304,15 +431,11 @@ impl Metrics {
     /// Registers all of them.
     #[must_use]
     pub fn new(daemon: &daemon::Metrics) -> Arc<Self> {
-        // 1 ms to 15 s, where the dial gives up.
-        let buckets = [
-            0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
-        ];
         let metrics = Self {
             streams: Family::default(),
             streams_open: Gauge::default(),
             bytes: Family::default(),
-            dial: Histogram::new(buckets),
+            dial: dial_seconds(),
             sessions: Gauge::default(),
             sessions_ended: Family::default(),
             sessions_refused: Family::default(),

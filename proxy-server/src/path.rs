@@ -2,20 +2,31 @@
 //!
 //! For each request that is routed to the edge [`Paths`] says how its node is reached: what is said of it, who else has
 //! its address, and what the operator says go into [`policy`]. [`dial`] then dials, and `serve/line.rs` has the tunnel
-//! beside it.
+//! beside it. Whether lines work is what probes ([`probe`]) and requests have shown ([`health`]).
 
 pub(crate) mod dial;
 pub mod direct;
+pub(crate) mod health;
 pub mod policy;
+pub(crate) mod probe;
+pub(crate) mod schedule;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use dial::Failed;
+use health::{Down, Evidence, Health, Switch};
 use parking_lot::Mutex;
-use policy::{Claimant, Decided, Policy, Subject};
+use policy::{Bypass, Claimant, Decided, Policy, Subject};
+use probe::Target;
 use proto::wire::PodPort;
 use proto::{Destination, Host};
+use schedule::Key;
+use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::cluster::ClusterTable;
 use crate::config::{Config, PathSettings};
@@ -28,6 +39,12 @@ pub struct Paths {
     policy: Policy,
     pub(crate) settings: PathSettings,
     pub(crate) metrics: LineMetrics,
+    pub(crate) health: Mutex<Health>,
+    /// Whom probes dial.
+    targets: ArcSwap<HashMap<Key, Target>>,
+    /// Who is to be looked at at once; targets only.
+    suspects: Mutex<BTreeSet<Key>>,
+    suspected: Notify,
     /// Where connections of ours by lines come from.
     dialled: Arc<Mutex<HashSet<SocketAddr>>>,
 }
@@ -50,6 +67,7 @@ impl Paths {
         let paths = Self {
             policy: Policy::new(config),
             settings: config.path,
+            health: Mutex::new(Health::new(config.path)),
             ..Self::default()
         };
         if !paths.policy.is_idle() {
@@ -86,6 +104,101 @@ impl Paths {
         };
         self.policy
             .decide(subject, |address| others(routes, cluster, meant, address))
+    }
+
+    /// Whether, and why, that node is not to be dialled by that line.
+    pub(crate) fn is_down(&self, line: &str, node: &str) -> Option<Down> {
+        self.health.lock().is_down(line, node)
+    }
+
+    /// What the dial of a request shows. Of another address or port than the probes' it shows that something is wrong,
+    /// and not what: that is looked at.
+    pub(crate) fn saw(
+        &self,
+        node: &str,
+        bypass: &Bypass,
+        port: u16,
+        failed: Option<&Failed>,
+        took: Duration,
+    ) {
+        let key = Key::new(bypass, node);
+        let Some(target) = self.target(&key) else {
+            return;
+        };
+        let is_same = target.bypass.address == bypass.address;
+        match probe::evidence(failed, took) {
+            Some(Evidence::Bad) if is_same && target.port == port => {
+                self.heard(&key, Evidence::Bad);
+                self.suspect(key);
+            }
+            Some(Evidence::Bad) => self.suspect(key),
+            Some(good) if is_same => {
+                self.heard(&key, good);
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    /// Has a node looked at at once.
+    pub(crate) fn suspect(&self, key: Key) {
+        if self.targets.load().contains_key(&key) {
+            self.suspects.lock().insert(key);
+            self.suspected.notify_one();
+        }
+    }
+
+    /// Waits for somebody to be looked at. Cancel-safe.
+    async fn suspects(&self) -> BTreeSet<Key> {
+        loop {
+            let suspects = std::mem::take(&mut *self.suspects.lock());
+            if !suspects.is_empty() {
+                return suspects;
+            }
+            self.suspected.notified().await;
+        }
+    }
+
+    fn target(&self, key: &Key) -> Option<Target> {
+        self.targets.load().get(key).cloned()
+    }
+
+    fn pause(&self, key: &Key) -> Duration {
+        self.health.lock().pause(&key.line, &key.node)
+    }
+
+    /// These are probed from now on.
+    fn keep(&self, now: Instant, targets: HashMap<Key, Target>) {
+        let all = targets.keys();
+        let all = all.map(|key| (key.line.as_str(), key.node.as_str()));
+        self.health.lock().keep(now, all);
+        self.targets.store(Arc::new(targets));
+    }
+
+    /// Whether it is bad, and the first that is.
+    fn heard(&self, key: &Key, evidence: Evidence) -> bool {
+        let Key { line, node } = key;
+        let mut health = self.health.lock();
+        let was_well = health.is_well(line, node);
+        let switches = health.heard(Instant::now(), line, node, evidence);
+        drop(health);
+        for switch in switches {
+            self.metrics.switched(line, &switch);
+            let Switch { node, is_up } = switch;
+            let (node, to) = (node.unwrap_or_default(), if is_up { "up" } else { "down" });
+            tracing::info!(line, node, to, "line switched");
+        }
+        was_well && evidence == Evidence::Bad
+    }
+
+    /// Sets the gauges of each line.
+    pub(crate) fn export(&self) {
+        let health = self.health.lock();
+        for line in self.policy.lines() {
+            let known = health.of_line(&line.name);
+            let (is_up, up, down) =
+                known.map_or((true, 0, 0), |(it, up, down)| (it.is_up, up, down));
+            self.metrics.stands(&line.name, is_up, up, down);
+        }
     }
 
     /// Remembers where a connection of ours comes from, for as long as what is returned lives.

@@ -47,6 +47,15 @@ impl Failed {
             detail: format!("dialled {at} by line {}{comma}{more}", bypass.line.name),
         }
     }
+
+    /// Whether it shows that the line or the node does not work. Who refuses has been reached, and what this server
+    /// lacks says nothing of the line.
+    pub(crate) const fn is_of_line(&self) -> bool {
+        matches!(
+            self.reason,
+            Reason::DialTimeout | Reason::DialUnreachable | Reason::DialFailed
+        )
+    }
 }
 
 fn out<'a>(line: &'a Line, mark: Option<Mark>) -> Out<'a> {
@@ -223,6 +232,7 @@ mod tests {
             check(&bypass.line).unwrap();
             let failed = dialled(&bypass, port, SETTINGS).await.unwrap_err();
             assert_eq!(failed.reason, reason, "{line}");
+            assert_eq!(failed.is_of_line(), reason != Reason::DialRefused, "{line}");
             let wanted = format!("dialled 127.0.0.9:{port} {said}");
             assert_eq!(failed.detail, wanted, "{line}");
         }

@@ -5,6 +5,7 @@
 //! | `tunnel` | the tunnel | its failure |
 //! | `direct` | the line, until `timeouts.dial` | its failure, with the line's name |
 //! | `direct`, and no line may be taken | nothing | why: who else has the address, or that none is known |
+//! | `auto`, the node or the line is down | the tunnel; the line if there is no session | the tunnel's failure; the line's where there is no session |
 //! | `auto` | the line; after `path.raceAfter`, or at once when it fails, the tunnel beside it | the tunnel's failure with the line's; the line's where there is no session |
 //!
 //! What answers first is used, the line where both do. The other is dropped: not a byte of the request is on it. The word
@@ -17,7 +18,7 @@ use bytes::Bytes;
 use proto::Reason;
 use proto::transport::tcp;
 use tokio::net::TcpStream;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::open::{Ask, Failure, Stream};
 use super::tunnel::Reach;
@@ -26,6 +27,7 @@ use crate::error::Refusal;
 use crate::path::Meant;
 use crate::path::dial::{self, Failed};
 use crate::path::policy::{Bypass, Decided, Decision, Unfit};
+use crate::path::schedule::Key;
 use crate::record::StreamRecord;
 
 /// What came of a race.
@@ -95,8 +97,14 @@ impl Forwarder {
         bypass: &Bypass,
         record: &mut StreamRecord,
     ) -> Result<(Halves, Bytes), Refusal> {
-        record.tried_line(&bypass.line);
-        match self.race(ask, bypass, record).await {
+        let is_down = self.paths.is_down(&bypass.line.name, &ask.node).is_some();
+        let won = if is_down {
+            self.one_by_one(ask, bypass, record).await
+        } else {
+            record.tried_line(&bypass.line);
+            self.race(ask, bypass, record).await
+        };
+        match won {
             Won::Line(stream) => {
                 record.tried_line(&bypass.line);
                 Ok(self.direct(stream))
@@ -104,6 +112,21 @@ impl Forwarder {
             Won::Tunnel(stream) => Ok(tunnelled(stream)),
             Won::Nobody(failure, None) => Err(failure.refusal(ask)),
             Won::Nobody(failure, Some(failed)) => Err(both(ask, &failure, &failed)),
+        }
+    }
+
+    /// The tunnel, and the line only if there is no session: then nothing is lost by trying.
+    async fn one_by_one(&self, ask: &Ask, bypass: &Bypass, record: &mut StreamRecord) -> Won {
+        let tried = |way: &_| record.tried(way);
+        match self.tunnel(ask, Reach::Anywhere, tried).await {
+            Ok(stream) => Won::Tunnel(stream),
+            Err(failure) if failure.reason == Reason::NoSession => {
+                match self.by_line(ask, bypass, record).await {
+                    Ok(stream) => Won::Line(stream),
+                    Err(failed) => Won::Nobody(failure, Some(failed)),
+                }
+            }
+            Err(failure) => Won::Nobody(failure, None),
         }
     }
 
@@ -137,26 +160,44 @@ impl Forwarder {
                     }
                     Err(failure) => lost = Some(failure),
                 },
-                () = &mut alone, if !is_beside => is_beside = true,
+                () = &mut alone, if !is_beside => {
+                    is_beside = true;
+                    self.paths.suspect(Key::new(bypass, &ask.node));
+                }
             }
         }
     }
 
     async fn dial(&self, ask: &Ask, bypass: &Bypass) -> Result<TcpStream, Failed> {
+        let (port, begun) = (ask.destination.port, Instant::now());
+        let dialled = self.dial_by(bypass, port, ask.deadline).await;
+        let took = begun.elapsed();
+        let failed = dialled.as_ref().err();
+        match failed {
+            None => self.paths.metrics.connected(&bypass.line.name, took),
+            Some(failed) => {
+                let why = failed.reason.label();
+                self.paths.metrics.dialled(&bypass.line.name, why);
+            }
+        }
+        self.paths.saw(&ask.node, bypass, port, failed, took);
+        dialled
+    }
+
+    /// Dials, and counts nothing.
+    pub(crate) async fn dial_by(
+        &self,
+        bypass: &Bypass,
+        port: u16,
+        deadline: Instant,
+    ) -> Result<TcpStream, Failed> {
         let own = self.own.load_full();
         let settings = dial::Settings {
             own: &own,
             mark: self.mark,
             silence: self.paths.settings.silence,
         };
-        let port = ask.destination.port;
-        let dialled = dial::dial(bypass, port, settings, ask.deadline).await;
-        let result = match &dialled {
-            Ok(_stream) => "ok",
-            Err(failed) => failed.reason.label(),
-        };
-        self.paths.metrics.dialled(&bypass.line.name, result);
-        dialled
+        dial::dial(bypass, port, settings, deadline).await
     }
 
     fn direct(&self, stream: TcpStream) -> (Halves, Bytes) {

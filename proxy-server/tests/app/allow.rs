@@ -264,7 +264,7 @@ async fn new_rules_are_for_new_requests_and_touch_no_stream() {
 }
 
 /// The access log of every test of this process.
-static LINES: LazyLock<Arc<Mutex<Vec<u8>>>> = LazyLock::new(|| {
+pub(crate) static LINES: LazyLock<Arc<Mutex<Vec<u8>>>> = LazyLock::new(|| {
     let lines = Arc::<Mutex<Vec<u8>>>::default();
     let sink = Arc::clone(&lines);
     let json = tracing_subscriber::fmt::layer()
@@ -277,7 +277,7 @@ static LINES: LazyLock<Arc<Mutex<Vec<u8>>>> = LazyLock::new(|| {
     lines
 });
 
-struct Sink(Arc<Mutex<Vec<u8>>>);
+pub(crate) struct Sink(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -291,7 +291,7 @@ impl Write for Sink {
 }
 
 /// Waits for the line about `destination` for which `fits` is true.
-async fn line(destination: &str, fits: impl Fn(&Value) -> bool) -> Value {
+pub(crate) async fn line(destination: &str, fits: impl Fn(&Value) -> bool) -> Value {
     let found = async {
         loop {
             let text = String::from_utf8(LINES.lock().clone()).unwrap();

@@ -2,7 +2,7 @@
 //! own word at the same port, so that every answer tells which way it came.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use serde_json::json;
@@ -11,9 +11,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinSet;
 
+use crate::allow::{LINES, line as logged};
 use crate::api::Api;
 use crate::cluster::{edge, is_told, start, told};
-use crate::stack::{Stack, allow, within};
+use crate::scrape::{BASIC, ask, exporter_on};
+use crate::stack::{DEADLINE, Stack, allow, within};
 
 /// Something at an address that says a word to whoever connects, then echoes.
 pub(crate) struct Site {
@@ -50,8 +52,7 @@ impl Site {
     /// From now on nobody is answered in any way, as behind a line that is cut: the queue is full, and the kernel drops
     /// what comes. What was connected is cut.
     pub(crate) async fn fall_silent(&mut self) {
-        self.answering.abort_all();
-        while self.answering.join_next().await.is_some() {}
+        self.answering.shutdown().await;
         let address = self.listener.local_addr().unwrap();
         #[expect(clippy::disallowed_methods, reason = "what fills the queue")]
         while let Ok(connected) =
@@ -59,6 +60,21 @@ impl Site {
         {
             self.waiting.push(connected.unwrap());
         }
+    }
+
+    /// From now on nobody listens there, and whoever comes is refused.
+    pub(crate) async fn close(mut self) {
+        self.answering.shutdown().await;
+    }
+
+    /// Whoever comes is answered again.
+    pub(crate) async fn come_back(&mut self) {
+        self.answer();
+        let address = self.listener.local_addr().unwrap();
+        // Who waits in the queue goes first.
+        #[expect(clippy::disallowed_methods, reason = "a look from outside")]
+        let mut seen = within(TcpStream::connect(address)).await.unwrap();
+        assert_eq!(word(&mut seen).await, self.word);
     }
 
     /// Whoever comes, and still waits, is answered.
@@ -164,11 +180,11 @@ async fn a_line_that_fails_is_left_for_the_tunnel_and_taken_again() {
     assert_eq!(who(&stack, &to).await, "tunnel");
     let lost = "corvid_line_dials_total{line=\"express\",result=\"lost\"}";
     assert!(stack.metric(lost).await >= 1.0);
-    site.answer();
+    site.come_back().await;
     assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
 
     // Refused: at once, long before the time that a line has alone.
-    drop(site);
+    site.close().await;
     let mut by_tunnel = stack.connect(&to).await.unwrap();
     assert_eq!(word(&mut by_tunnel).await, "tunnel");
     let again = Site::open(format!("127.0.0.9:{port}").parse().unwrap(), "back").unwrap();
@@ -177,7 +193,8 @@ async fn a_line_that_fails_is_left_for_the_tunnel_and_taken_again() {
     carries(&mut by_tunnel).await;
 
     // Neither: both are told.
-    drop((again, agents));
+    again.close().await;
+    agents.close().await;
     let neither = who(&stack, &to).await;
     assert!(
         neither.contains("502 node edge1: connection refused"),
@@ -203,7 +220,7 @@ async fn without_a_session_the_line_has_all_the_time_there_is() {
     };
     let (answer, ()) = tokio::join!(asked, comes_back);
     assert_eq!(answer, "line 127.0.0.9");
-    drop(site);
+    site.close().await;
     let refused = who(&stack, &to).await;
     assert!(
         refused.contains("502 node edge1: connection refused: dialled 127.0.0.9"),
@@ -317,5 +334,150 @@ async fn what_a_node_says_of_itself_leads_to_no_address_that_no_line_has() {
     let by_name = told(&stack, &format!("edge1:{port}")).await;
     assert!(by_name.contains("503 node edge1: no session"), "{by_name}");
     assert!((stack.metric("corvid_line_dials_total").await).abs() < f64::EPSILON);
+    stack.stop().await;
+}
+
+/// So that verdicts come within a test's patience.
+const QUICK: &str = "path: {stable: 1s, probes: {interval: 200ms, timeout: 150ms}}\n";
+
+/// A node whose kubelet is at that port, on the line `express` at 127.0.0.9.
+fn probed(api: &Api, port: u16) -> Stack {
+    let mut node = edge("edge1", &["192.168.1.10"]);
+    node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] = json!(port);
+    api.put(node);
+    let more = format!(
+        "kubernetes: {{kubeconfig: KUBECONFIG}}\n{LINE}{QUICK}routes: [{}]",
+        route("edge1", "127.0.0.9")
+    );
+    start(api, &more)
+}
+
+/// Waits until that has happened so often.
+async fn until_at_least(stack: &Stack, name: &str, count: f64) {
+    let read = async {
+        while stack.metric(name).await < count {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(DEADLINE, read).await;
+    assert!(in_time.is_ok(), "{name} is never {count}");
+}
+
+const DIALS: &str = "corvid_line_dials_total";
+
+fn switched(to: &str) -> String {
+    format!("corvid_line_switches_total{{line=\"express\",of=\"node\",to=\"{to}\"}}")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_is_known_to_be_down_is_not_waited_for_until_it_has_been_stable() {
+    let api = Api::start().await;
+    let (_agents, [mut site]) = sites(["127.0.0.9"]);
+    let to = format!("edge1:{}", site.port());
+    let mut stack = probed(&api, site.port());
+    stack.agent("edge1", &allow(&[site.port()]));
+    stack.sessions("edge1", 1).await;
+    until_at_least(&stack, "corvid_line_probes_total", 1.0).await;
+    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+
+    site.fall_silent().await;
+    until_at_least(&stack, &switched("down"), 1.0).await;
+    let before = stack.metric(DIALS).await;
+    for _ in 0..5 {
+        assert_eq!(who(&stack, &to).await, "tunnel");
+    }
+    let dials = stack.metric(DIALS).await - before;
+    assert!(
+        dials.abs() < f64::EPSILON,
+        "{dials} dials by a line that is down"
+    );
+
+    site.answer();
+    until_at_least(&stack, &switched("up"), 1.0).await;
+    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_is_down_is_better_than_no_session() {
+    let api = Api::start().await;
+    let (_agents, [mut site]) = sites(["127.0.0.9"]);
+    let to = format!("edge1:{}", site.port());
+    let stack = probed(&api, site.port());
+    until_at_least(&stack, "corvid_line_probes_total", 1.0).await;
+    site.fall_silent().await;
+    until_at_least(&stack, &switched("down"), 1.0).await;
+    site.come_back().await;
+    // Not stable yet, and there is nothing else.
+    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_has_to_do_without_the_line_has_it_looked_at() {
+    let api = Api::start().await;
+    let (_agents, [mut site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let to = format!("edge1:{port}");
+    let mut node = edge("edge1", &["192.168.1.10"]);
+    node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] = json!(port);
+    api.put(node);
+    // Never probed of itself within this test.
+    let settings = "path: {probes: {interval: 1h, timeout: 150ms}}\n";
+    let more = format!(
+        "kubernetes: {{kubeconfig: KUBECONFIG}}\n{LINE}{settings}routes: [{}]",
+        route("edge1", "127.0.0.9")
+    );
+    let mut stack = start(&api, &more);
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    // The nodes on lines are looked up with the cluster's.
+    until_at_least(&stack, "corvid_line_nodes", 1.0).await;
+    site.fall_silent().await;
+    assert_eq!(who(&stack, &to).await, "tunnel");
+    // The second probe follows the first bad one within a second.
+    until_at_least(&stack, &switched("down"), 1.0).await;
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrape_by_a_line_keeps_no_connection_that_could_be_dead_at_the_next() {
+    let listener = TcpListener::bind("127.0.0.9:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut tasks = JoinSet::new();
+    exporter_on(&mut tasks, listener, |number, _seen| {
+        format!("connection {number}")
+    });
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let stack = Stack::start(&(LINE.to_owned() + &routes));
+    for wanted in ["connection 1", "connection 2"] {
+        let request = format!(
+            "GET http://edge1:{port}/metrics HTTP/1.1\r\nHost: edge1:{port}\r\n{BASIC}\r\nConnection: close\r\n\r\n"
+        );
+        let (line, body) = ask(&stack, &request).await;
+        assert_eq!(line, "HTTP/1.1 200 OK");
+        assert!(body.ends_with(wanted), "{body}");
+    }
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_access_log_says_by_which_line() {
+    LazyLock::force(&LINES);
+    let (_agents, [mut site]) = sites(["127.0.0.9"]);
+    let to = format!("edge1:{}", site.port());
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let mut stack = Stack::start(&(LINE.to_owned() + &routes));
+    stack.agent("edge1", &allow(&[site.port()]));
+    stack.sessions("edge1", 1).await;
+    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+    let by_line = logged(&to, |line| line["path"] == "direct").await;
+    assert_eq!(by_line["line"], "express", "{by_line}");
+    assert_eq!(by_line["session"], "", "{by_line}");
+    site.fall_silent().await;
+    assert_eq!(who(&stack, &to).await, "tunnel");
+    let by_tunnel = logged(&to, |line| line["path"] == "tunnel").await;
+    assert!(by_tunnel.get("line").is_none(), "{by_tunnel}");
+    assert_ne!(by_tunnel["session"], "", "{by_tunnel}");
     stack.stop().await;
 }

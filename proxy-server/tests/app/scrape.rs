@@ -23,7 +23,7 @@ pub(crate) async fn exporter(tasks: &mut JoinSet<()>) -> u16 {
 }
 
 /// One that says to the request over the connection of that number what it is told to say.
-fn exporter_on(
+pub(crate) fn exporter_on(
     tasks: &mut JoinSet<()>,
     listener: TcpListener,
     say: impl Fn(u32, &str) -> String + Copy + Send + Sync + 'static,

@@ -1,0 +1,166 @@
+//! Looks whether nodes on lines can be reached: a TCP connect to the kubelet's port, closed at once.
+//!
+//! Which nodes those are is looked up anew when the cluster's nodes change, and each ten seconds. When, [`Schedule`] says;
+//! what follows from it, [`health`](super::health). A request that had to do without the line, or a first bad probe, has
+//! the node looked at at once, and some others on its line too.
+//!
+//! | what comes of a probe | means |
+//! | --- | --- |
+//! | connected, or refused | good: the node answers |
+//! | nothing within `path.probes.timeout`, no route, the line's interface or address is not there | bad |
+//! | what this server lacks (descriptors), what is never dialled | nothing |
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use proto::{Destination, Host, Reason};
+use tokio::time::{Instant, sleep_until};
+
+use super::dial::Failed;
+use super::health::Evidence;
+use super::policy::{Bypass, Decision};
+use super::schedule::{Key, Schedule};
+use crate::path::Meant;
+use crate::serve::Forwarder;
+
+/// Probes that wait for an answer; more wait for their turn.
+const MOST: usize = 256;
+/// Others on the line that are looked at when one is lost.
+const WITNESSES: usize = 8;
+/// How often the nodes are looked up where nothing says that they have changed.
+const LOOK_UP: Duration = Duration::from_secs(10);
+/// Changes within this are looked up at once.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Whom to dial.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) bypass: Bypass,
+    /// The kubelet's.
+    pub(crate) port: u16,
+}
+
+/// Every node that is reached by a line, always or while it works.
+pub(crate) fn targets(forwarder: &Forwarder) -> HashMap<Key, Target> {
+    let (routes, cluster) = (
+        forwarder.routing.table.load(),
+        forwarder.routing.cluster.table(),
+    );
+    let configured = routes.nodes().map(|(node, _agent)| node);
+    let known = |agent: &_| forwarder.knows(agent);
+    let of_cluster = cluster.nodes().values().filter(|node| node.is_edge(known));
+    let names = configured.chain(of_cluster.map(|node| node.name.as_str()));
+    let mut targets = HashMap::new();
+    for name in names {
+        let node = cluster.nodes().get(name);
+        let port = node.map_or(crate::cluster::nodes::KUBELET_PORT, |node| {
+            node.kubelet_port
+        });
+        let to = Destination {
+            host: Host::Name(name.to_owned()),
+            port,
+        };
+        let meant = Meant {
+            node: name,
+            to: &to,
+            pod: None,
+        };
+        let decided = forwarder.paths.decide(&routes, &cluster, meant);
+        if let Decision::Direct(bypass) | Decision::Auto(bypass) = decided.decision {
+            let key = Key::new(&bypass, name);
+            targets.insert(key, Target { bypass, port });
+        }
+    }
+    targets
+}
+
+/// What a dial that took so long shows of the node, and so of the line.
+pub(crate) fn evidence(failed: Option<&Failed>, took: Duration) -> Option<Evidence> {
+    match failed {
+        None => Some(Evidence::Good(took)),
+        Some(failed) if failed.reason == Reason::DialRefused => Some(Evidence::Good(took)),
+        Some(failed) => failed.is_of_line().then_some(Evidence::Bad),
+    }
+}
+
+/// Probes for as long as it lives.
+pub(crate) async fn run(forwarder: Arc<Forwarder>) -> Infallible {
+    let paths = &forwarder.paths;
+    let probes = paths.settings.probes;
+    let mut schedule = Schedule::new(Instant::now(), probes.per_second);
+    let mut changes = forwarder.routing.cluster.changes();
+    let mut look_up = Instant::now();
+    let mut running = FuturesUnordered::new();
+    loop {
+        let now = Instant::now();
+        let wake = if running.len() < MOST {
+            match schedule.next(now) {
+                Ok(key) => {
+                    running.push(probe(&forwarder, key));
+                    continue;
+                }
+                Err(wake) => wake,
+            }
+        } else {
+            None
+        };
+        let due = async {
+            match wake {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = due => {}
+            Some((key, was_first)) = running.next() => {
+                let now = Instant::now();
+                if was_first {
+                    schedule.hasten_others(now, &key, WITNESSES);
+                }
+                let pause = paths.pause(&key);
+                schedule.done(now, key, pause, rand::random());
+            }
+            suspects = paths.suspects() => {
+                for key in suspects {
+                    schedule.hasten(Instant::now(), &key);
+                }
+            }
+            Ok(()) = changes.changed() => look_up = look_up.min(Instant::now() + SETTLE),
+            () = sleep_until(look_up) => {
+                keep(&forwarder, &mut schedule);
+                look_up = Instant::now() + LOOK_UP;
+            }
+        }
+    }
+}
+
+fn keep(forwarder: &Forwarder, schedule: &mut Schedule) {
+    let (now, interval) = (Instant::now(), forwarder.paths.settings.probes.interval);
+    let targets = targets(forwarder);
+    schedule.keep(now, targets.keys().cloned(), interval, rand::random);
+    forwarder.paths.keep(now, targets);
+}
+
+/// One dial, and what follows. Tells whether it is the first bad one.
+async fn probe(forwarder: &Forwarder, key: Key) -> (Key, bool) {
+    let paths = &forwarder.paths;
+    let Some(Target { bypass, port }) = paths.target(&key) else {
+        return (key, false);
+    };
+    let begun = Instant::now();
+    let deadline = begun + paths.settings.probes.timeout;
+    let dialled = forwarder.dial_by(&bypass, port, deadline).await;
+    let took = begun.elapsed();
+    let result = match &dialled {
+        Ok(_stream) => "ok",
+        Err(failed) => failed.reason.label(),
+    };
+    paths.metrics.probed(&key.line, result);
+    let shown = evidence(dialled.as_ref().err(), took);
+    let is_first = shown.is_some_and(|evidence| paths.heard(&key, evidence));
+    (key, is_first)
+}
