@@ -7,8 +7,10 @@ use certs::AgentPattern;
 use clap::{Args, Parser, Subcommand};
 use daemon::admin::Probe;
 use daemon::{Exit, LogFormat, Signals};
+use proto::{Destination, Host};
 
 use crate::app::{App, Environment};
+use crate::cluster::nodes::KUBELET_PORT;
 use crate::config::{self, Overrides};
 use crate::reload::Source;
 use crate::{commands, redirect};
@@ -30,7 +32,8 @@ Examples:
   proxy-server token create --config /etc/corvid/proxy-server.yaml --agents 'edge-*' --uses 10
   proxy-server ca rotate --config /etc/corvid/proxy-server.yaml
   proxy-server cert issue --client kube-apiserver --out /etc/kubernetes/corvid --state-dir /var/lib/corvid
-  proxy-server status";
+  proxy-server status
+  proxy-server explain edge1";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -55,6 +58,18 @@ enum Command {
     /// Show the other proxy-servers: where each is, whether there is a session with it or why not, and how many agents it has
     /// announced.
     Peers(StatusArgs),
+    /// Tell where a destination leads now: to which node and agent, through the tunnel or by which line, each rule that was
+    /// looked at for that, and how the line does.
+    ///
+    /// Asks the server that runs here, which dials nothing for it. Rights are not looked at: what a requester may ask for
+    /// is in `allow` of the frontends.
+    Explain {
+        /// A node, address, pod or Service and its port, as a requester would ask for; without a port it is 10250.
+        #[arg(value_parser = destination)]
+        destination: Destination,
+        #[command(flatten)]
+        args: StatusArgs,
+    },
     /// Join tokens: with one of them a new agent gets its first certificate.
     #[command(subcommand)]
     Token(TokenCommand),
@@ -328,6 +343,17 @@ enum CredentialCommand {
     },
 }
 
+/// A destination whose port may be left out.
+fn destination(text: &str) -> Result<Destination, proto::IdError> {
+    match text.parse::<Host>() {
+        Ok(host) => Ok(Destination {
+            host,
+            port: KUBELET_PORT,
+        }),
+        Err(_) => text.parse(),
+    }
+}
+
 /// Does what was typed.
 pub fn main(cli: Cli) -> Exit {
     match cli.command {
@@ -340,6 +366,10 @@ pub fn main(cli: Cli) -> Exit {
         Command::Probe { what, socket } => commands::finish(commands::probe(&socket.socket, what)),
         Command::Nodes(args) => commands::finish(commands::nodes(&args.socket.socket, args.json)),
         Command::Peers(args) => commands::finish(commands::peers(&args.socket.socket, args.json)),
+        Command::Explain { destination, args } => {
+            let socket = &args.socket.socket;
+            commands::finish(commands::explain(socket, &destination, args.json))
+        }
         Command::Token(command) => commands::finish(token(command)),
         Command::Agent(AgentCommand::Revoke { state, name }) => {
             commands::finish(commands::agent_revoke(&state, &name))

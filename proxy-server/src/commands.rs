@@ -12,6 +12,7 @@ pub use ca::{ca_retire, ca_rotate, ca_show, cert_issue};
 use certs::{CaDir, Clock, Issuer, Name, NewToken, Store, TrustDomain};
 use daemon::admin::Probe;
 use daemon::{Exit, Listen};
+use proto::Destination;
 use secrecy::ExposeSecret as _;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,7 +20,7 @@ use serde::de::DeserializeOwned;
 use crate::cli::StateArgs;
 use crate::config::{self, Config, Overrides};
 use crate::frontend::credentials;
-use crate::status::{self, ClusterStatus, NodeStatus, PeerStatus, SessionStatus};
+use crate::status::{self, ClusterStatus, Explained, NodeStatus, PeerStatus, SessionStatus};
 
 /// Prints to standard output.
 pub fn say(text: &str) -> Exit {
@@ -343,6 +344,18 @@ pub fn nodes(socket: &Path, json: bool) -> anyhow::Result<String> {
         return Ok(serde_json::to_string_pretty(&nodes)?);
     }
     Ok(status::node_table(&nodes))
+}
+
+/// `explain`
+///
+/// # Errors
+/// No server answers on the socket.
+pub fn explain(socket: &Path, to: &Destination, json: bool) -> anyhow::Result<String> {
+    let told: Explained = ask(socket, &format!("/explain?to={to}"))?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&told)?);
+    }
+    Ok(status::explained(&told))
 }
 
 fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {

@@ -376,7 +376,7 @@ impl LineMetrics {
     }
 
     /// Sets what a line is like now.
-    pub(crate) fn stands(&self, line: &str, is_up: bool, up: usize, down: usize) {
+    pub(crate) fn stands(&self, line: &str, is_up: bool, (up, down): (usize, usize)) {
         let of_line = OfLineLabels {
             line: line.to_owned(),
         };

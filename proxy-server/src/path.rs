@@ -195,9 +195,9 @@ impl Paths {
         let health = self.health.lock();
         for line in self.policy.lines() {
             let known = health.of_line(&line.name);
-            let (is_up, up, down) =
-                known.map_or((true, 0, 0), |(it, up, down)| (it.is_up, up, down));
-            self.metrics.stands(&line.name, is_up, up, down);
+            let counts = known.map_or((0, 0), |known| (known.nodes_up, known.nodes_down));
+            let is_up = known.is_none_or(|known| known.is_up);
+            self.metrics.stands(&line.name, is_up, counts);
         }
     }
 

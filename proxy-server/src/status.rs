@@ -1,12 +1,14 @@
-//! What an operator sees of sessions, nodes and other servers: the admin endpoint's JSON, and `proxy-server status`,
-//! `nodes` and `peers` that show it.
+//! What an operator sees of sessions, nodes, other servers and ways: the admin endpoint's JSON, and `proxy-server status`,
+//! `nodes`, `peers` and `explain` that show it.
 
+mod explain;
 mod nodes;
 mod peers;
 
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 
+pub use explain::{Explained, HealthStatus, LineStatus, RuleStatus, explain, lines as explained};
 pub use nodes::{ClusterStatus, DnsStatus, NodeStatus, cluster, nodes, table as node_table};
 pub use peers::{PeerStatus, peers, table as peer_table};
 use proto::transport::Session;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use daemon::admin::{Endpoint, Reply, Routes};
 use daemon::{Listen, LogHandle, Readiness, ReadinessGuard, Tasks};
+use http::StatusCode;
 
 use super::log_end;
 use crate::config::Config;
@@ -75,6 +76,7 @@ impl Ground {
         for endpoint in std::mem::take(&mut self.to_admin) {
             let (server, registry) = (server.to_owned(), of.registry.clone());
             let (of_nodes, of_cluster) = (Arc::clone(of), Arc::clone(of));
+            let (of_ways, here) = (Arc::clone(of), server.clone());
             let peers = Arc::clone(&of.peers);
             let routes = Routes::admin(log.clone())
                 .probes(self.readiness.clone(), &self.alive())
@@ -88,6 +90,18 @@ impl Ground {
                 })
                 .get("/peers", move |_request| {
                     let reply = Reply::json(&status::peers(&peers));
+                    async move { reply }
+                })
+                .get("/explain", move |request| {
+                    let asked = request.query.as_deref().unwrap_or_default();
+                    let asked = asked.strip_prefix("to=").unwrap_or_default();
+                    let reply = match asked.parse() {
+                        Ok(to) => Reply::json(&status::explain(&of_ways, &here, &to)),
+                        Err(_) => Reply::text(
+                            StatusCode::BAD_REQUEST,
+                            "/explain?to=HOST:PORT, with a node, address or name\n",
+                        ),
+                    };
                     async move { reply }
                 })
                 .get("/cluster", move |_request| {

@@ -189,7 +189,17 @@ pub(crate) enum Down {
     Node,
 }
 
-/// What is known of a node or a line, for people.
+/// What is known of a line.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct LineFigures {
+    pub(crate) is_up: bool,
+    /// Since when.
+    pub(crate) since: Instant,
+    pub(crate) nodes_up: usize,
+    pub(crate) nodes_down: usize,
+}
+
+/// What is known of a node on a line.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Figures {
     pub(crate) is_up: bool,
@@ -296,18 +306,27 @@ impl Health {
         }
     }
 
-    /// Of a line, and how many of its nodes are up and down.
-    pub(crate) fn of_line(&self, line: &str) -> Option<(Figures, usize, usize)> {
+    pub(crate) fn of_node(&self, line: &str, node: &str) -> Option<Figures> {
+        let node = self.lines.get(line)?.nodes.get(node)?;
+        let bad = node.recent.count_ones();
+        Some(Figures {
+            is_up: node.gate.is_up,
+            since: node.gate.since,
+            rtt: node.rtt,
+            loss: (node.seen > 0).then(|| f64::from(bad) / f64::from(node.seen)),
+        })
+    }
+
+    pub(crate) fn of_line(&self, line: &str) -> Option<LineFigures> {
         let of_line = self.lines.get(line)?;
         let up = of_line.nodes.values().filter(|node| node.gate.is_up);
-        let (up, all) = (up.count(), of_line.nodes.len());
-        let figures = Figures {
+        let (nodes_up, all) = (up.count(), of_line.nodes.len());
+        Some(LineFigures {
             is_up: of_line.gate.is_up,
             since: of_line.gate.since,
-            rtt: None,
-            loss: None,
-        };
-        Some((figures, up, all - up))
+            nodes_up,
+            nodes_down: all - nodes_up,
+        })
     }
 }
 
@@ -441,8 +460,9 @@ mod tests {
         let line = |is_up| Switch { node: None, is_up };
         assert_eq!(health.heard(cut, "l", "n2", Evidence::Bad), [line(false)]);
         assert_eq!(health.is_down("l", "n5"), Some(Down::Line));
-        let (figures, up, down) = health.of_line("l").unwrap();
-        assert_eq!((figures.is_up, up, down), (false, 6, 0));
+        let figures = health.of_line("l").unwrap();
+        let counts = (figures.nodes_up, figures.nodes_down);
+        assert_eq!((figures.is_up, counts), (false, (6, 0)));
         // Back for as long as it takes, most of them at once.
         for second in 0..30 {
             assert_eq!(all(&mut health, cut + secs(20 + second), GOOD), []);
@@ -492,9 +512,27 @@ mod tests {
         health.keep(start, [("l", "n1"), ("m", "n0")].into_iter());
         assert_eq!(health.is_down("l", "n1"), Some(Down::Node));
         assert_eq!(health.is_down("m", "n0"), None);
+        assert_eq!(health.of_node("l", "n0"), None);
         health.keep(start, [("m", "n1")].into_iter());
         assert_eq!(health.is_down("m", "n1"), None);
         assert_eq!(health.heard(start, "l", "n1", Evidence::Bad), []);
+    }
+
+    #[test]
+    fn figures_tell_the_round_trip_and_the_loss() {
+        let start = Instant::now();
+        let mut health = health(start, &nodes(1));
+        assert_eq!(health.of_node("l", "n0").unwrap().loss, None);
+        for evidence in [GOOD, GOOD, Evidence::Bad, GOOD] {
+            health.heard(start, "l", "n0", evidence);
+        }
+        let figures = health.of_node("l", "n0").unwrap();
+        assert_eq!(figures.loss, Some(0.25));
+        assert_eq!(figures.rtt, Some(Duration::from_millis(2)));
+        for _ in 0..100 {
+            health.heard(start, "l", "n0", Evidence::Bad);
+        }
+        assert_eq!(health.of_node("l", "n0").unwrap().loss, Some(1.0));
     }
 
     proptest! {

@@ -38,14 +38,9 @@ enum Won {
 }
 
 impl Forwarder {
-    /// How what is asked for is reached now.
-    pub(crate) fn path_of(&self, ask: &Ask) -> Decided {
+    /// How that is reached now.
+    pub(crate) fn path_of(&self, meant: Meant<'_>) -> Decided {
         let (routes, cluster) = (self.routing.table.load(), self.routing.cluster.table());
-        let meant = Meant {
-            node: &ask.node,
-            to: &ask.destination,
-            pod: ask.pod.as_ref(),
-        };
         self.paths.decide(&routes, &cluster, meant)
     }
 
@@ -58,7 +53,11 @@ impl Forwarder {
         if self.paths.is_idle() {
             return self.by_tunnel(ask, record).await;
         }
-        let decided = self.path_of(ask);
+        let decided = self.path_of(Meant {
+            node: &ask.node,
+            to: &ask.destination,
+            pod: ask.pod.as_ref(),
+        });
         match decided.decision {
             Decision::Tunnel => self.by_tunnel(ask, record).await,
             Decision::Refused => Err(refused(ask, decided.unfit.as_ref())),

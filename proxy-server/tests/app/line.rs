@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use proxy_server::status::Explained;
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -479,5 +480,63 @@ async fn the_access_log_says_by_which_line() {
     let by_tunnel = logged(&to, |line| line["path"] == "tunnel").await;
     assert!(by_tunnel.get("line").is_none(), "{by_tunnel}");
     assert_ne!(by_tunnel["session"], "", "{by_tunnel}");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_a_destination_leads_is_explained() {
+    let api = Api::start().await;
+    let (_agents, [mut site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let mut stack = probed(&api, port);
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    until_at_least(&stack, "corvid_line_probes_total", 1.0).await;
+    let socket = stack.dir.path().join("admin.sock");
+    let ask = async |to: &str, json| {
+        let (socket, to) = (socket.clone(), to.parse().unwrap());
+        let asked = move || proxy_server::commands::explain(&socket, &to, json).unwrap();
+        tokio::task::spawn_blocking(asked).await.unwrap()
+    };
+    let told = ask(&format!("edge1:{port}"), false).await;
+    for wanted in [
+        &format!("route:        node edge1, agent edge1, dialled as edge1:{port}\n"),
+        "path:         auto, by line express to 127.0.0.9\n",
+        "annotation corvid.io/path: says nothing\n",
+        "configured lines: decides: auto\n",
+        "path.default: not looked at\n",
+        "1 of its nodes up, 0 down\n",
+        "node:         up on it for ",
+        "sessions:     here (",
+        "next request: goes by line express, with the tunnel beside it after 250ms\n",
+    ] {
+        assert!(told.contains(wanted), "{wanted:?} is missing in:\n{told}");
+    }
+
+    site.fall_silent().await;
+    until_at_least(&stack, &switched("down"), 1.0).await;
+    let told: Explained =
+        serde_json::from_str(&ask(&format!("127.0.0.9:{port}"), true).await).unwrap();
+    let line = told.line.unwrap();
+    let node = line.node.unwrap();
+    assert!(!node.up && node.loss.unwrap() > 0.0, "{node:?}");
+    assert_eq!((line.up, line.nodes_up, line.nodes_down), (true, 0, 1));
+    assert!(
+        told.next
+            .contains("goes through the tunnel, as the node is down on line express"),
+        "{}",
+        told.next
+    );
+
+    for (to, wanted) in [
+        ("nobody:1", "next request: is not for the edge"),
+        ("[2001:db8::1]:1", "next request: is not for the edge"),
+        ("edge1:10250", "path:         auto"),
+    ] {
+        let told = ask(to, false).await;
+        assert!(told.contains(wanted), "{to}: {told}");
+    }
+    let bad = daemon::admin::client::get(&stack.admin, "/explain?to=nothing").await;
+    assert!(bad.unwrap_err().to_string().contains("400"));
     stack.stop().await;
 }
