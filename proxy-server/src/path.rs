@@ -1,8 +1,8 @@
 //! Ways to a destination beside the tunnel: what is not at the edge, and nodes by a dedicated line.
 //!
 //! For each request that is routed to the edge [`Paths`] says how its node is reached: what is said of it, who else has
-//! its address, and what the operator says go into [`policy`]. [`dial`] then dials, and `serve/line.rs` has the tunnel
-//! beside it. Whether lines work is what probes ([`probe`]) and requests have shown ([`health`]).
+//! its address, and what the operator says go into [`policy`]. `dial.rs` then dials, and `serve/line.rs` has the tunnel
+//! beside it. Whether lines work is what probes (`probe.rs`) and requests have shown (`health.rs`).
 
 pub(crate) mod dial;
 pub mod direct;
@@ -20,7 +20,7 @@ use arc_swap::ArcSwap;
 use dial::Failed;
 use health::{Down, Evidence, Health, Switch};
 use parking_lot::Mutex;
-use policy::{Bypass, Claimant, Decided, Policy, Subject};
+use policy::{Bypass, Claimant, Decided, Decision, Policy, Subject};
 use probe::Target;
 use proto::wire::PodPort;
 use proto::{Destination, Host};
@@ -104,6 +104,25 @@ impl Paths {
         };
         self.policy
             .decide(subject, |address| others(routes, cluster, meant, address))
+    }
+
+    /// Whether who asks for that may as well dial it himself: always past the tunnel, and as any machine's routes lead.
+    pub(crate) fn leaves_to_itself(
+        &self,
+        routes: &RouteTable,
+        cluster: &ClusterTable,
+        meant: Meant<'_>,
+    ) -> bool {
+        if self.is_idle() {
+            return false;
+        }
+        match self.decide(routes, cluster, meant).decision {
+            Decision::Direct(Bypass { line, address }) => {
+                let node = cluster.nodes().get(meant.node);
+                line.is_plain() && node.is_some_and(|node| node.addresses.contains(&address))
+            }
+            Decision::Auto(_) | Decision::Tunnel | Decision::Refused => false,
+        }
     }
 
     /// Whether, and why, that node is not to be dialled by that line.
@@ -259,7 +278,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::path::policy::{Decision, Unfit};
+    use crate::path::policy::Unfit;
     use crate::route::tests::entry;
 
     fn paths(text: &str) -> Paths {

@@ -1,5 +1,5 @@
 //! The names of the nodes as a ConfigMap that CoreDNS serves by its `hosts` plugin: names of nodes at the edge point to us,
-//! all others to their nodes. Format and default name are those of OpenYurt's Raven, so that its CoreDNS can go on.
+//! all others to their nodes, among them those that we would always dial past the tunnel as any machine's routes lead. Format and default name are those of OpenYurt's Raven, so that its CoreDNS can go on.
 //!
 //! Of several servers the one that leads writes ([`lease`](super::lease)). Each second it looks whether nodes, routes or agents
 //! have changed, and each five `retryPeriod`s what the cluster has; it writes what differs and nothing else.
@@ -48,7 +48,8 @@ use super::nodes::KUBELET_PORT;
 use super::plan::{MOST, Plan, TooLarge, WRITTEN_BY, Wanted, plan};
 use crate::config::{Dns, Elsewhere, Kubernetes, LeaseTimes, ObjectName};
 use crate::metrics::{DnsMetrics, WriteLabels};
-use crate::route::RouteTable;
+use crate::path::Meant;
+use crate::route::{Route, RouteTable};
 use crate::serve::Forwarder;
 
 /// Changes are gathered so long.
@@ -402,11 +403,29 @@ impl Writer {
                 host: Host::Name(name.to_owned()),
                 port: KUBELET_PORT,
             };
-            inputs
-                .routes
-                .route(&destination, &inputs.table, Elsewhere::Refuse, known)
+            let (routes, table) = (&inputs.routes, &inputs.table);
+            let route = routes.route(&destination, table, Elsewhere::Refuse, known)?;
+            Ok(self.led_past_us(inputs, route))
         };
         hosts(&inputs.table, ours, &self.dns.domains, route)
+    }
+}
+
+impl Writer {
+    /// A node that we would always dial past the tunnel is left to whoever asks.
+    fn led_past_us(&self, inputs: &Inputs, route: Route) -> Route {
+        match &route {
+            Route::Edge { node, to, pod, .. } => {
+                let pod = pod.as_ref();
+                let meant = Meant { node, to, pod };
+                let paths = &self.forwarder.paths;
+                if paths.leaves_to_itself(&inputs.routes, &inputs.table, meant) {
+                    return Route::Elsewhere(to.clone());
+                }
+                route
+            }
+            Route::Elsewhere(_) => route,
+        }
     }
 }
 

@@ -102,6 +102,12 @@ pub struct Line {
 }
 
 impl Line {
+    /// Whether what goes by it leaves as any connection does.
+    #[must_use]
+    pub const fn is_plain(&self) -> bool {
+        self.source.is_none() && self.interface.is_none() && self.mark.is_none()
+    }
+
     /// The line that nobody has configured.
     #[must_use]
     pub fn route() -> Self {
