@@ -277,7 +277,10 @@ fn others(
 mod tests {
     use std::path::Path;
 
+    use proto::Reason;
+
     use super::*;
+    use crate::config::Line;
     use crate::path::policy::Unfit;
     use crate::route::tests::entry;
 
@@ -351,5 +354,48 @@ mod tests {
         assert!(!paths.has_dialled_from("10.0.0.1:4712".parse().unwrap()));
         drop(dialled);
         assert!(!paths.has_dialled_from(source));
+    }
+
+    #[test]
+    fn a_failed_request_counts_where_probes_would_fail_alike_and_has_all_others_looked_at() {
+        let paths = Paths::default();
+        let line = Arc::new(Line::route());
+        let at = |address: &str| Bypass {
+            line: Arc::clone(&line),
+            address: address.parse().unwrap(),
+        };
+        let (node, pod) = (at("10.0.0.7"), at("10.244.0.7"));
+        let key = Key::new(&node, "edge1");
+        let target = Target {
+            bypass: node.clone(),
+            port: 10250,
+        };
+        paths.keep(Instant::now(), HashMap::from([(key.clone(), target)]));
+        let took = Duration::from_millis(3);
+        let fails = |bypass: &Bypass, port, reason| {
+            let failed = Failed {
+                reason,
+                detail: String::new(),
+            };
+            paths.saw("edge1", bypass, port, Some(&failed), took);
+            let is_suspect = std::mem::take(&mut *paths.suspects.lock()).contains(&key);
+            (paths.is_down("route", "edge1"), is_suspect)
+        };
+        for _ in 0..5 {
+            assert_eq!(fails(&node, 9100, Reason::DialTimeout), (None, true));
+            assert_eq!(fails(&pod, 10250, Reason::DialUnreachable), (None, true));
+            // Who refuses was reached, and what this server lacks is not the line's.
+            assert_eq!(fails(&node, 10250, Reason::DialRefused), (None, false));
+            assert_eq!(fails(&node, 10250, Reason::FilesExhausted), (None, false));
+        }
+        assert_eq!(fails(&node, 10250, Reason::DialTimeout), (None, true));
+        // What works is all that is needed.
+        paths.saw("edge1", &node, 9100, None, took);
+        assert_eq!(fails(&node, 10250, Reason::DialTimeout), (None, true));
+        let down = fails(&node, 10250, Reason::DialTimeout);
+        assert_eq!(down, (Some(Down::Node), true));
+        // Nobody looks at nodes that are on no line.
+        paths.suspect(Key::new(&node, "edge2"));
+        assert!(paths.suspects.lock().is_empty());
     }
 }

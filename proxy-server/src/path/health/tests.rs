@@ -1,0 +1,229 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const GOOD: Evidence = Evidence::Good(Duration::from_millis(2));
+
+fn nodes(count: usize) -> Vec<String> {
+    (0..count).map(|i| format!("n{i}")).collect()
+}
+
+fn health(now: Instant, names: &[String]) -> Health {
+    let mut health = Health::default();
+    health.keep(now, names.iter().map(|name| ("l", name.as_str())));
+    health
+}
+
+fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+fn of_node(node: &str, is_up: bool) -> Vec<Switch> {
+    let node = Some(node.to_owned());
+    vec![Switch { node, is_up }]
+}
+
+#[test]
+fn a_node_falls_after_two_bad_ones_in_a_row_and_returns_after_half_a_minute_of_good_ones() {
+    let start = Instant::now();
+    let mut health = health(start, &nodes(1));
+    let mut at = |second: u64, evidence| {
+        let switches = health.heard(start + secs(second), "l", "n0", evidence);
+        (switches, health.is_down("l", "n0"))
+    };
+    assert_eq!(at(0, GOOD), (vec![], None));
+    assert_eq!(at(1, Evidence::Bad), (vec![], None));
+    assert_eq!(at(2, GOOD), (vec![], None));
+    assert_eq!(at(3, Evidence::Bad), (vec![], None));
+    assert_eq!(
+        at(4, Evidence::Bad),
+        (of_node("n0", false), Some(Down::Node))
+    );
+    assert_eq!(at(5, Evidence::Bad), (vec![], Some(Down::Node)));
+    assert_eq!(at(6, GOOD), (vec![], Some(Down::Node)));
+    assert_eq!(at(30, GOOD), (vec![], Some(Down::Node)));
+    // All over again.
+    assert_eq!(at(31, Evidence::Bad), (vec![], Some(Down::Node)));
+    assert_eq!(at(32, GOOD), (vec![], Some(Down::Node)));
+    // Long enough, and not often enough.
+    assert_eq!(at(63, GOOD), (vec![], Some(Down::Node)));
+    assert_eq!(at(64, GOOD), (of_node("n0", true), None));
+}
+
+#[test]
+fn what_does_not_last_is_waited_for_twice_as_long() {
+    let start = Instant::now();
+    let mut health = health(start, &nodes(1));
+    let mut now = start;
+    let mut waits = Vec::new();
+    for _ in 0..7 {
+        while health.is_down("l", "n0").is_none() {
+            health.heard(now, "l", "n0", Evidence::Bad);
+        }
+        let fell = now;
+        while health.is_down("l", "n0").is_some() {
+            health.heard(now, "l", "n0", GOOD);
+            now += secs(1);
+        }
+        waits.push(now.duration_since(fell).as_secs() - 1);
+    }
+    assert_eq!(waits, [30, 60, 120, 240, 480, 480, 480]);
+    // It has held.
+    now += secs(301);
+    health.heard(now, "l", "n0", Evidence::Bad);
+    health.heard(now, "l", "n0", Evidence::Bad);
+    for second in 0..=30 {
+        health.heard(now + secs(second), "l", "n0", GOOD);
+    }
+    assert_eq!(health.is_down("l", "n0"), None);
+}
+
+/// As it is probed, with its pauses, for ten minutes.
+fn switches_of_a_line_that_bounces(period: Duration, offset: Duration) -> usize {
+    let start = Instant::now();
+    let mut health = health(start, &nodes(1));
+    let (mut passed, mut switches) = (Duration::ZERO, 0);
+    while passed < secs(600) {
+        let phase = (passed + offset).as_millis() / period.as_millis();
+        let evidence = if phase.is_multiple_of(2) {
+            GOOD
+        } else {
+            Evidence::Bad
+        };
+        switches += health.heard(start + passed, "l", "n0", evidence).len();
+        passed += health.pause("l", "n0");
+    }
+    switches
+}
+
+#[test]
+fn a_line_that_bounces_each_three_seconds_is_switched_at_most_once_a_minute() {
+    for offset in 0..60 {
+        let offset = Duration::from_millis(offset * 100);
+        let switches = switches_of_a_line_that_bounces(secs(3), offset);
+        assert!((1..=10).contains(&switches), "{switches} at {offset:?}");
+    }
+}
+
+#[test]
+fn a_line_that_loses_half_of_its_nodes_at_once_is_down_for_all_of_them() {
+    let start = Instant::now();
+    let names = nodes(6);
+    let mut health = health(start, &names);
+    let all = |health: &mut Health, now, evidence| {
+        let heard = names
+            .iter()
+            .flat_map(|name| health.heard(now, "l", name, evidence));
+        heard
+            .filter(|switch| switch.node.is_none())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(all(&mut health, start, GOOD), []);
+    let cut = start + secs(10);
+    for name in &names[..2] {
+        assert_eq!(health.heard(cut, "l", name, Evidence::Bad), []);
+    }
+    let line = |is_up| Switch { node: None, is_up };
+    assert_eq!(health.heard(cut, "l", "n2", Evidence::Bad), [line(false)]);
+    assert_eq!(health.is_down("l", "n5"), Some(Down::Line));
+    let figures = health.of_line("l").unwrap();
+    let counts = (figures.nodes_up, figures.nodes_down);
+    assert_eq!((figures.is_up, counts), (false, (6, 0)));
+    // Back for as long as it takes, most of them at once.
+    for second in 0..30 {
+        assert_eq!(all(&mut health, cut + secs(20 + second), GOOD), []);
+    }
+    assert_eq!(all(&mut health, cut + secs(50), GOOD), [line(true)]);
+    assert_eq!(health.is_down("l", "n5"), None);
+}
+
+#[test]
+fn nodes_that_were_down_before_say_nothing_of_their_line() {
+    let start = Instant::now();
+    let names = nodes(10);
+    let mut health = health(start, &names);
+    // Switched off, one an hour.
+    for (hour, name) in (0..).zip(&names[..8]) {
+        let now = start + secs(hour * 3600);
+        for other in &names[8..] {
+            health.heard(now, "l", other, GOOD);
+        }
+        for _ in 0..2 {
+            health.heard(now, "l", name, Evidence::Bad);
+        }
+        assert_eq!(health.is_down("l", name), Some(Down::Node), "{name}");
+    }
+    assert_eq!(health.is_down("l", "n9"), None);
+    let later = start + secs(9 * 3600);
+    health.heard(later, "l", "n8", Evidence::Bad);
+    assert_eq!(health.is_down("l", "n9"), None, "one of two is not many");
+    health.heard(later, "l", "n9", Evidence::Bad);
+    assert_eq!(health.is_down("l", "n9"), Some(Down::Line));
+    for second in 0..=30 {
+        for name in &names[8..] {
+            health.heard(later + secs(second), "l", name, GOOD);
+        }
+    }
+    assert_eq!(health.is_down("l", "n9"), None);
+}
+
+#[test]
+fn what_is_known_stays_with_those_that_stay() {
+    let start = Instant::now();
+    let mut health = health(start, &nodes(2));
+    for _ in 0..2 {
+        health.heard(start, "l", "n1", Evidence::Bad);
+    }
+    assert_eq!(health.is_down("l", "n1"), Some(Down::Node));
+    health.keep(start, [("l", "n1"), ("m", "n0")].into_iter());
+    assert_eq!(health.is_down("l", "n1"), Some(Down::Node));
+    assert_eq!(health.is_down("m", "n0"), None);
+    assert_eq!(health.of_node("l", "n0"), None);
+    health.keep(start, [("m", "n1")].into_iter());
+    assert_eq!(health.is_down("m", "n1"), None);
+    assert_eq!(health.heard(start, "l", "n1", Evidence::Bad), []);
+}
+
+#[test]
+fn figures_tell_the_round_trip_and_the_loss() {
+    let start = Instant::now();
+    let mut health = health(start, &nodes(1));
+    assert_eq!(health.of_node("l", "n0").unwrap().loss, None);
+    for evidence in [GOOD, GOOD, Evidence::Bad, GOOD] {
+        health.heard(start, "l", "n0", evidence);
+    }
+    let figures = health.of_node("l", "n0").unwrap();
+    assert_eq!(figures.loss, Some(0.25));
+    assert_eq!(figures.rtt, Some(Duration::from_millis(2)));
+    for _ in 0..100 {
+        health.heard(start, "l", "n0", Evidence::Bad);
+    }
+    assert_eq!(health.of_node("l", "n0").unwrap().loss, Some(1.0));
+}
+
+proptest! {
+    /// Whatever is seen, and when: nothing is up again before it was well for `stable`, and at most three times in a
+    /// minute anything changes: out, back after thirty seconds, out again.
+    #[test]
+    fn nothing_flaps(seen in prop::collection::vec((any::<bool>(), 0_u64..4000), 1..400)) {
+        let start = Instant::now();
+        let mut health = health(start, &nodes(1));
+        let mut now = start;
+        let mut switches: Vec<Instant> = Vec::new();
+        let mut bad = start;
+        for (is_good, pause) in seen {
+            now += Duration::from_millis(pause);
+            if !is_good { bad = now; }
+            for switch in health.heard(now, "l", "n0", if is_good { GOOD } else { Evidence::Bad }) {
+                if switch.is_up {
+                    prop_assert!(now.duration_since(bad) >= secs(30));
+                }
+                switches.push(now);
+            }
+        }
+        for (i, first) in switches.iter().enumerate() {
+            let soon = switches[i..].iter().filter(|at| at.duration_since(*first) < secs(60));
+            prop_assert!(soon.count() <= 3);
+        }
+    }
+}
