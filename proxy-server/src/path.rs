@@ -106,22 +106,23 @@ impl Paths {
             .decide(subject, |address| others(routes, cluster, meant, address))
     }
 
-    /// Whether who asks for that may as well dial it himself: always past the tunnel, and as any machine's routes lead.
+    /// Where who asks for that may as well dial it himself: it is always dialled past the tunnel, and as any machine's
+    /// routes lead. Of the node's addresses that one alone was looked at.
     pub(crate) fn leaves_to_itself(
         &self,
         routes: &RouteTable,
         cluster: &ClusterTable,
         meant: Meant<'_>,
-    ) -> bool {
+    ) -> Option<IpAddr> {
         if self.is_idle() {
-            return false;
+            return None;
         }
         match self.decide(routes, cluster, meant).decision {
             Decision::Direct(Bypass { line, address }) => {
-                let node = cluster.nodes().get(meant.node);
-                line.is_plain() && node.is_some_and(|node| node.addresses.contains(&address))
+                let node = cluster.nodes().get(meant.node)?;
+                (line.is_plain() && node.addresses.contains(&address)).then_some(address)
             }
-            Decision::Auto(_) | Decision::Tunnel | Decision::Refused => false,
+            Decision::Auto(_) | Decision::Tunnel | Decision::Refused => None,
         }
     }
 

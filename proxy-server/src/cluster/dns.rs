@@ -1,5 +1,6 @@
 //! The names of the nodes as a ConfigMap that CoreDNS serves by its `hosts` plugin: names of nodes at the edge point to us,
-//! all others to their nodes, among them those that we would always dial past the tunnel as any machine's routes lead. Format and default name are those of OpenYurt's Raven, so that its CoreDNS can go on.
+//! all others to their nodes, among them those that we would always dial past the tunnel as any machine's routes lead, at the
+//! one address that we would dial. Format and default name are those of OpenYurt's Raven, so that its CoreDNS can go on.
 //!
 //! Of several servers the one that leads writes ([`lease`](super::lease)). Each second it looks whether nodes, routes or agents
 //! have changed, and each five `retryPeriod`s what the cluster has; it writes what differs and nothing else.
@@ -31,7 +32,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hosts::{Hosts, hosts};
+use hosts::{Hosts, Led, hosts};
 use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -405,7 +406,7 @@ impl Writer {
             };
             let (routes, table) = (&inputs.routes, &inputs.table);
             let route = routes.route(&destination, table, Elsewhere::Refuse, known)?;
-            Ok(self.led_past_us(inputs, route))
+            Ok(self.led(inputs, &route))
         };
         hosts(&inputs.table, ours, &self.dns.domains, route)
     }
@@ -413,19 +414,14 @@ impl Writer {
 
 impl Writer {
     /// A node that we would always dial past the tunnel is left to whoever asks.
-    fn led_past_us(&self, inputs: &Inputs, route: Route) -> Route {
-        match &route {
-            Route::Edge { node, to, pod, .. } => {
-                let pod = pod.as_ref();
-                let meant = Meant { node, to, pod };
-                let paths = &self.forwarder.paths;
-                if paths.leaves_to_itself(&inputs.routes, &inputs.table, meant) {
-                    return Route::Elsewhere(to.clone());
-                }
-                route
-            }
-            Route::Elsewhere(_) => route,
-        }
+    fn led(&self, inputs: &Inputs, route: &Route) -> Led {
+        let Route::Edge { node, to, pod, .. } = route else {
+            return Led::Elsewhere;
+        };
+        let pod = pod.as_ref();
+        let (paths, meant) = (&self.forwarder.paths, Meant { node, to, pod });
+        let past_us = paths.leaves_to_itself(&inputs.routes, &inputs.table, meant);
+        past_us.map_or(Led::Us, Led::At)
     }
 }
 

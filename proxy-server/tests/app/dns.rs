@@ -100,23 +100,25 @@ async fn until_counted(stack: &Stack, result: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_always_dialled_as_routes_lead_is_left_to_itself() {
     let api = Api::start().await;
-    let said = |name: &str, address: &str, path: &str| {
-        let mut node = edge(name, &[address]);
+    let said = |name: &str, addresses: &[&str], path: &str| {
+        let mut node = edge(name, addresses);
         node["metadata"]["annotations"] = json!({"corvid.io/path": path});
         node
     };
-    api.put(said("auto", "192.168.1.10", "auto"));
-    api.put(said("direct", "192.168.1.11", "direct"));
-    api.put(said("interface", "10.9.0.1", "direct"));
+    // Only one of them is on a line, and whose the others are nobody has looked.
+    let several = ["172.16.0.1", "192.168.1.11", "fd00::11"];
+    api.put(said("auto", &["192.168.1.10"], "auto"));
+    api.put(said("direct", &several, "direct"));
+    api.put(said("interface", &["10.9.0.1"], "direct"));
     // Its word leads to no address that no line has.
-    api.put(said("liar", "203.0.113.1", "direct"));
+    api.put(said("liar", &["203.0.113.1"], "direct"));
     let lines = "lines: [{name: plain, networks: [192.168.0.0/16]}, {name: other, networks: [10.0.0.0/8], interface: lo}]";
     let one = "dns: {addresses: [10.96.0.50]}";
     let stack = start(&api, &format!("{}\n{lines}", dns(PATIENT, one)));
     let before =
         "10.96.0.50\tauto\n192.168.1.11\tdirect\n10.96.0.50\tinterface\n10.96.0.50\tliar\n";
     is_text(&api, before).await;
-    api.put(said("direct", "192.168.1.11", "tunnel"));
+    api.put(said("direct", &several, "tunnel"));
     is_text(&api, &before.replace("192.168.1.11", "10.96.0.50")).await;
     stack.stop().await;
 }

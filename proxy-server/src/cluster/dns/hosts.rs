@@ -3,6 +3,7 @@
 //! | name | its lines |
 //! | --- | --- |
 //! | of a node at the edge, wherever the routes lead by that name | our addresses |
+//! | of a node at the edge that we would always dial past the tunnel | the address that we would dial, and no other of it: nobody has looked whose those are |
 //! | of any other node | its own first internal address of each family, else its first external ones |
 //! | another name of a node (Hostname, DNS names) | the same, if the routes lead one way by it, and it can't be a name of somebody else: see below |
 //! | of a node in the cloud without an address; no name of a host | none |
@@ -19,7 +20,17 @@ use crate::cluster::ClusterTable;
 use crate::cluster::nodes::Node;
 use crate::config::is_subdomain;
 use crate::error::Refusal;
-use crate::route::Route;
+
+/// Where a name leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Led {
+    /// To us.
+    Us,
+    /// Past us, to that address.
+    At(IpAddr),
+    /// To whatever addresses its node has.
+    Elsewhere,
+}
 
 /// A hosts file.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -34,7 +45,7 @@ pub(super) fn hosts(
     table: &ClusterTable,
     ours: &BTreeSet<IpAddr>,
     domains: &[String],
-    route: impl Fn(&str) -> Result<Route, Refusal>,
+    route: impl Fn(&str) -> Result<Led, Refusal>,
 ) -> Hosts {
     let mut lines: BTreeMap<&str, BTreeSet<IpAddr>> = BTreeMap::new();
     for node in table.nodes().values() {
@@ -47,10 +58,12 @@ pub(super) fn hosts(
             if !is_host_name(name) {
                 continue;
             }
+            let is_its = || name == node.name || table.is_alone(name);
             let addresses = match route(name) {
-                Ok(Route::Edge { .. }) => ours.clone(),
-                Ok(Route::Elsewhere(_)) if name == node.name || table.is_alone(name) => own(node),
-                Ok(Route::Elsewhere(_)) | Err(_) => continue,
+                Ok(Led::Us) => ours.clone(),
+                Ok(Led::At(address)) if is_its() => BTreeSet::from([address]),
+                Ok(Led::Elsewhere) if is_its() => own(node),
+                Ok(Led::At(_) | Led::Elsewhere) | Err(_) => continue,
             };
             if !addresses.is_empty() {
                 lines.insert(name, addresses);
@@ -113,7 +126,7 @@ mod tests {
     use super::*;
     use crate::cluster::nodes::tests::{node, trim};
     use crate::config::{Elsewhere, Kubernetes, RouteEntry};
-    use crate::route::RouteTable;
+    use crate::route::{Route, RouteTable};
 
     fn table(nodes: impl IntoIterator<Item = Value>) -> ClusterTable {
         let settings = Kubernetes::default();
@@ -147,13 +160,35 @@ mod tests {
         let known = |agent: &AgentName| agent.as_str() == "joined";
         hosts(table, &ours, &domains, |name| {
             let host = Host::Name(name.to_owned());
-            routes.route(
-                &Destination { host, port: 1 },
-                table,
-                Elsewhere::Refuse,
-                known,
-            )
+            let to = Destination { host, port: 1 };
+            Ok(match routes.route(&to, table, Elsewhere::Refuse, known)? {
+                Route::Edge { .. } => Led::Us,
+                Route::Elsewhere(_) => Led::Elsewhere,
+            })
         })
+    }
+
+    #[test]
+    fn a_node_that_is_led_past_us_has_the_address_that_was_looked_at_and_no_other() {
+        let addresses = [
+            ("InternalIP", "10.0.0.7"),
+            ("InternalIP", "10.20.0.7"),
+            ("InternalIP", "fd00::7"),
+            ("ExternalIP", "203.0.113.7"),
+            ("Hostname", "press"),
+        ];
+        let twin = [("InternalIP", "10.0.0.8"), ("Hostname", "press")];
+        let led = |_: &str| Ok(Led::At("10.20.0.7".parse().unwrap()));
+        let ours = BTreeSet::from(["10.96.0.50".parse().unwrap()]);
+        let alone = hosts(&table([edge("edge1", &addresses)]), &ours, &[], led);
+        assert_eq!(alone.text, "10.20.0.7\tedge1\n10.20.0.7\tpress\n");
+        // What two call themselves is nobody's.
+        let table = table([edge("edge1", &addresses), edge("edge2", &twin)]);
+        let both = hosts(&table, &ours, &[], |name| match name {
+            "edge2" => Ok(Led::Us),
+            _ => led(name),
+        });
+        assert_eq!(both.text, "10.20.0.7\tedge1\n10.96.0.50\tedge2\n");
     }
 
     #[test]
