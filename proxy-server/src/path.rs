@@ -11,7 +11,8 @@ pub mod policy;
 pub(crate) mod probe;
 pub(crate) mod schedule;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,8 +46,8 @@ pub struct Paths {
     /// Who is to be looked at at once; targets only.
     suspects: Mutex<BTreeSet<Key>>,
     suspected: Notify,
-    /// Where connections of ours by lines come from.
-    dialled: Arc<Mutex<HashSet<SocketAddr>>>,
+    /// The connections of ours by lines.
+    dialled: Arc<Mutex<HashMap<Ends, usize>>>,
 }
 
 /// What is meant by a request that is routed to the edge.
@@ -221,36 +222,51 @@ impl Paths {
         }
     }
 
-    /// Remembers where a connection of ours comes from, for as long as what is returned lives.
-    pub(crate) fn came_from(&self, local: SocketAddr) -> Dialled {
-        self.dialled.lock().insert(canonical(local));
-        Dialled {
-            local: canonical(local),
-            all: Arc::clone(&self.dialled),
-        }
+    /// Remembers a connection of ours for as long as what is returned lives.
+    pub(crate) fn remember(&self, ends: Ends) -> Dialled {
+        *self.dialled.lock().entry(ends).or_default() += 1;
+        let all = Arc::clone(&self.dialled);
+        Dialled { ends, all }
     }
 
-    /// Whether a connection from there is one that we have dialled ourselves: rules of this machine led it back.
-    pub(crate) fn has_dialled_from(&self, source: SocketAddr) -> bool {
-        self.dialled.lock().contains(&canonical(source))
+    /// Whether a connection with these ends is one that we have dialled ourselves: rules of this machine led it back.
+    pub(crate) fn has_dialled(&self, ends: Ends) -> bool {
+        !self.is_idle() && self.dialled.lock().contains_key(&ends)
+    }
+}
+
+/// The ends of a connection: the kernel gives one port of ours to connections to several destinations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Ends {
+    from: SocketAddr,
+    to: SocketAddr,
+}
+
+impl Ends {
+    pub(crate) fn new(from: SocketAddr, to: SocketAddr) -> Self {
+        let plain = |at: SocketAddr| SocketAddr::new(at.ip().to_canonical(), at.port());
+        let (from, to) = (plain(from), plain(to));
+        Self { from, to }
     }
 }
 
 /// A connection of ours by a line.
 #[derive(Debug)]
 pub(crate) struct Dialled {
-    local: SocketAddr,
-    all: Arc<Mutex<HashSet<SocketAddr>>>,
+    ends: Ends,
+    all: Arc<Mutex<HashMap<Ends, usize>>>,
 }
 
 impl Drop for Dialled {
     fn drop(&mut self) {
-        self.all.lock().remove(&self.local);
+        // By two interfaces two may have the same ends.
+        if let Entry::Occupied(mut count) = self.all.lock().entry(self.ends) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
-}
-
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Everybody else who has that address, by the configuration or in the cluster.
@@ -346,15 +362,32 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_of_ours_is_known_by_its_source_while_it_lives() {
-        let paths = Paths::default();
-        let source = "10.0.0.1:4711".parse().unwrap();
-        let dialled = paths.came_from(source);
-        assert!(paths.has_dialled_from(source));
-        assert!(paths.has_dialled_from("[::ffff:10.0.0.1]:4711".parse().unwrap()));
-        assert!(!paths.has_dialled_from("10.0.0.1:4712".parse().unwrap()));
-        drop(dialled);
-        assert!(!paths.has_dialled_from(source));
+    fn a_connection_of_ours_is_known_by_both_its_ends_while_it_lives() {
+        let paths = paths("path: {default: auto}");
+        let ends = |from: &str, to: &str| Ends::new(from.parse().unwrap(), to.parse().unwrap());
+        let ours = ends("10.0.0.1:4711", "10.20.0.7:10250");
+        let first = paths.remember(ours);
+        assert!(paths.has_dialled(ours));
+        let mapped = ends("[::ffff:10.0.0.1]:4711", "[::ffff:10.20.0.7]:10250");
+        assert!(paths.has_dialled(mapped));
+        // Somebody else on this machine has the same port towards another destination.
+        for (from, to) in [
+            ("10.0.0.1:4711", "10.20.0.8:10250"),
+            ("10.0.0.1:4711", "10.20.0.7:9100"),
+            ("10.0.0.1:4712", "10.20.0.7:10250"),
+            ("10.20.0.7:10250", "10.0.0.1:4711"),
+        ] {
+            assert!(!paths.has_dialled(ends(from, to)), "{from} {to}");
+        }
+        // The end of one does not hide another.
+        let beside = paths.remember(ends("10.0.0.1:4711", "10.20.0.8:10250"));
+        let again = paths.remember(ours);
+        drop(beside);
+        drop(first);
+        assert!(paths.has_dialled(ours));
+        drop(again);
+        assert!(!paths.has_dialled(ours));
+        assert!(paths.dialled.lock().is_empty());
     }
 
     #[test]

@@ -46,7 +46,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Cidr, Elsewhere};
 use crate::error::Refusal;
 use crate::frontend::policy::{Policy, Requester};
-use crate::path::direct;
+use crate::path::{Ends, direct};
 use crate::record::{Outcome, Path};
 use crate::route::Route;
 use crate::serve::{Forwarder, Request};
@@ -193,14 +193,14 @@ impl Intercept {
         } else {
             None
         };
-        let original = match ends {
+        let (source, original) = match ends {
             Some(ends) => {
                 *requester = Requester::from_source(ends.source, Some(peer));
-                Some(ends.destination)
+                (ends.source, Some(ends.destination))
             }
             None => {
                 *requester = Requester::from_source(peer, None);
-                self.original(stream)
+                (peer, self.original(stream))
             }
         };
         self.policy.load().hear(requester).map_err(Stop::Refused)?;
@@ -229,7 +229,8 @@ impl Intercept {
             Err(Unread::Nameless(refusal)) => Some(refusal),
         };
         // Only now: whoever dialled it has begun to relay.
-        if self.forwarder.paths.has_dialled_from(peer) {
+        let led_back = |to| self.forwarder.paths.has_dialled(Ends::new(source, to));
+        if original.is_some_and(led_back) {
             return Err(stop(
                 Reason::ForbiddenDestination,
                 "a dial of this server by a line was led back here: rules of this machine don't exempt its mark",

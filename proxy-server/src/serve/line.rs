@@ -24,10 +24,10 @@ use super::open::{Ask, Failure, Stream};
 use super::tunnel::Reach;
 use super::{Forwarder, Halves};
 use crate::error::Refusal;
-use crate::path::Meant;
 use crate::path::dial::{self, Failed};
 use crate::path::policy::{Bypass, Decided, Decision, Unfit};
 use crate::path::schedule::Key;
+use crate::path::{Ends, Meant};
 use crate::record::StreamRecord;
 
 /// What came of a race.
@@ -200,8 +200,11 @@ impl Forwarder {
     }
 
     fn direct(&self, stream: TcpStream) -> (Halves, Bytes) {
-        let dialled = stream.local_addr().ok();
-        let dialled = dialled.map(|local| self.paths.came_from(local));
+        let ends = stream.local_addr().and_then(|from| {
+            let to = stream.peer_addr()?;
+            Ok(Ends::new(from, to))
+        });
+        let dialled = ends.ok().map(|ends| self.paths.remember(ends));
         let (send, recv) = tcp::halves(stream);
         (Halves::Direct(send, recv, dialled), Bytes::new())
     }
