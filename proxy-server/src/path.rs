@@ -10,6 +10,7 @@ pub(crate) mod health;
 pub mod policy;
 pub(crate) mod probe;
 pub(crate) mod schedule;
+pub(crate) mod silence;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};

@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use line::ByLine;
 use open::{Ask, Carried};
 use proto::transport::quic::{QuicRecv, QuicSend, QuicSession};
 use proto::transport::tcp::{self, TcpRecv, TcpSend};
@@ -41,7 +42,7 @@ use crate::error::Refusal;
 use crate::frontend::policy::{Policy, Requester};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::path::{Dialled, Paths, direct};
+use crate::path::{Paths, direct};
 use crate::peer::Peers;
 use crate::record::{Outcome, Path, StreamRecord};
 use crate::registry::Registry;
@@ -103,7 +104,7 @@ pub struct Request {
 #[derive(Debug)]
 enum Halves {
     Tunnel(Carried, QuicSend, QuicRecv),
-    Direct(TcpSend, TcpRecv, Option<Dialled>),
+    Direct(TcpSend, TcpRecv, Option<ByLine>),
 }
 
 /// A stream that the destination has accepted, before its first byte.
@@ -319,14 +320,18 @@ impl Opened {
             from_local: from_requester,
             from_tunnel,
         };
-        let way = match &halves {
-            Halves::Tunnel(carried, ..) => Some(carried.0.clone()),
-            Halves::Direct(..) => None,
+        let (way, watch) = match &halves {
+            Halves::Tunnel(carried, ..) => (Some(carried.0.clone()), None),
+            Halves::Direct(.., by_line) => (None, by_line.as_ref().map(|it| it.watch.clone())),
         };
         let lost = async {
-            match &way {
-                Some(way) => session_over(way.transport()).await,
-                None => pending().await,
+            match (&way, &watch) {
+                (Some(way), _) => session_over(way.transport()).await,
+                (None, Some(watch)) => {
+                    watch.silent().await;
+                    Reason::Timeout
+                }
+                (None, None) => pending().await,
             }
         };
         let cut = async {
@@ -340,7 +345,7 @@ impl Opened {
             Halves::Tunnel(_carried, mut send, mut recv) => {
                 relay(&settings, (&mut send, &mut recv), io, early, cut).await
             }
-            Halves::Direct(mut send, mut recv, _dialled) => {
+            Halves::Direct(mut send, mut recv, _by_line) => {
                 relay(&settings, (&mut send, &mut recv), io, early, cut).await
             }
         };

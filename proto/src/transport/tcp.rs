@@ -56,10 +56,10 @@ impl Drop for Socket {
     }
 }
 
-/// The halves of a connection to a destination.
+/// The halves of a connection to a destination. It is closed when they are dropped, and whoever else holds it.
 #[must_use]
-pub fn halves(stream: TcpStream) -> (TcpSend, TcpRecv) {
-    let (socket, shared) = (Arc::new(stream), Shared::new(None));
+pub fn halves(stream: impl Into<Arc<TcpStream>>) -> (TcpSend, TcpRecv) {
+    let (socket, shared) = (stream.into(), Shared::new(None));
     let half = || Socket {
         socket: Arc::clone(&socket),
         shared: Arc::clone(&shared),

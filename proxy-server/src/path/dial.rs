@@ -2,8 +2,8 @@
 //! machine.
 //!
 //! Never dialled are what [`direct`] never dials, and loopback but where a line's own network is within it: a forwarded
-//! port is a line, too. What is connected is reset when the other end is silent for `path.silence`, whether bytes are on
-//! their way or not.
+//! port is a line, too. What is connected and idle is asked by keepalives whether the other end is there, so that silence is
+//! noticed within `path.silence`; with bytes on their way, [`silence`](super::silence) does.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::direct::{self, Out, Step};
 use super::policy::Bypass;
+use super::silence;
 use crate::config::{Line, Mark};
 
 /// What all dials by lines have in common.
@@ -104,20 +105,19 @@ pub(crate) async fn dial(
             failed(reason, &more)
         })?;
     direct::prepare(&stream);
-    watch(&stream, settings.silence);
+    keep_alive(&stream, settings.silence);
+    silence::ask_often(&stream, settings.silence);
     Ok(stream)
 }
 
-/// The other end may be silent for so long: with bytes on their way, or asked by keepalives.
-fn watch(stream: &TcpStream, silence: Duration) {
+/// An idle connection is asked after a third of the time that the other end may be silent, and given up after all of it.
+fn keep_alive(stream: &TcpStream, silence: Duration) {
     let least = Duration::from_secs(1);
     let keepalive = TcpKeepalive::new()
         .with_time((silence / 3).max(least))
         .with_interval((silence / 6).max(least))
-        .with_retries(6);
-    let socket = SockRef::from(stream);
-    socket.set_tcp_keepalive(&keepalive).ok(); // the half-open reaper is left
-    socket.set_tcp_user_timeout(Some(silence)).ok();
+        .with_retries(4);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive).ok(); // the half-open reaper is left
 }
 
 /// Whether this process may dial by that line, as far as can be told without dialling.
@@ -169,7 +169,7 @@ mod tests {
     const SETTINGS: Settings<'_> = Settings {
         own: &[],
         mark: None,
-        silence: Duration::from_secs(7),
+        silence: Duration::from_secs(30),
     };
 
     async fn dialled(
@@ -200,7 +200,12 @@ mod tests {
             let (_, from) = listener.accept().await.unwrap();
             assert_eq!(from.ip().to_string(), "127.0.0.77");
             let socket = SockRef::from(&stream);
-            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(SETTINGS.silence));
+            // A reader that pauses must not be taken for one that is gone.
+            assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+            assert_eq!(
+                socket.tcp_keepalive_time().unwrap(),
+                Duration::from_secs(10)
+            );
             let device = line.contains("interface").then(|| b"lo".to_vec());
             assert_eq!(socket.device().unwrap(), device);
         }

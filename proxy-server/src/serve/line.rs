@@ -11,8 +11,11 @@
 //! What answers first is used, the line where both do. The other is dropped: not a byte of the request is on it. The word
 //! of an agent that has dialled, or will not, is final, as there is one destination; a tunnel without a session leaves the
 //! line its time.
+//!
+//! What runs over a line that goes silent is cut after `path.silence`: see [`silence`](crate::path::silence).
 
 use std::pin::pin;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use proto::Reason;
@@ -27,7 +30,8 @@ use crate::error::Refusal;
 use crate::path::dial::{self, Failed};
 use crate::path::policy::{Bypass, Decided, Decision, Unfit};
 use crate::path::schedule::Key;
-use crate::path::{Ends, Meant};
+use crate::path::silence::Watch;
+use crate::path::{Dialled, Ends, Meant};
 use crate::record::StreamRecord;
 
 /// What came of a race.
@@ -204,10 +208,21 @@ impl Forwarder {
             let to = stream.peer_addr()?;
             Ok(Ends::new(from, to))
         });
-        let dialled = ends.ok().map(|ends| self.paths.remember(ends));
+        let stream = Arc::new(stream);
+        let by_line = ByLine {
+            watch: Watch::new(Arc::clone(&stream), self.paths.settings.silence),
+            _dialled: ends.ok().map(|ends| self.paths.remember(ends)),
+        };
         let (send, recv) = tcp::halves(stream);
-        (Halves::Direct(send, recv, dialled), Bytes::new())
+        (Halves::Direct(send, recv, Some(by_line)), Bytes::new())
     }
+}
+
+/// What belongs to a connection by a line.
+#[derive(Debug)]
+pub(super) struct ByLine {
+    pub(super) watch: Watch,
+    _dialled: Option<Dialled>,
 }
 
 fn tunnelled(stream: Stream) -> (Halves, Bytes) {

@@ -547,6 +547,36 @@ async fn ipv4_over_an_ipv6_socket_counts_as_ipv4() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dial_by_a_line_that_was_led_back_is_refused_and_others_from_its_port_are_not() {
+    let node = TcpListener::bind("127.0.0.9:0").await.unwrap();
+    let at = node.local_addr().unwrap();
+    let beside = TcpListener::bind("127.0.0.10:0").await.unwrap();
+    let other = beside.local_addr().unwrap();
+    let lines = "lines: [{name: l, networks: [127.0.0.0/8]}]\nroutes: [{node: edge1, addresses: [127.0.0.9]}, {node: edge2, addresses: [127.0.0.10]}]";
+    // The header stands for what rules of this machine keep of a connection.
+    let settings = format!("{ANYONE}, proxyProtocol: {{trusted: [127.0.0.1]}}");
+    let stack = start(&settings, lines);
+    let by_line = stack.connect(&format!("edge1:{}", at.port())).await;
+    let (_served, from) = within(node.accept()).await.unwrap();
+    let led = async |to: SocketAddr| {
+        let mut stream = dial(&stack).await;
+        let header = v2(0x21, &from.to_string(), &to.to_string());
+        stream.write_all(&header).await.unwrap();
+        stream.write_all(b"\0opaque").await.unwrap();
+        stream
+    };
+    assert!(is_reset(rest(&mut led(at).await).await));
+    refused(&stack, "forbidden_destination", 1.0).await;
+    let _asks = led(other).await;
+    let (mut served, _) = within(beside.accept()).await.unwrap();
+    let mut said = [0; 7];
+    within(served.read_exact(&mut said)).await.unwrap();
+    assert_eq!(&said, b"\0opaque");
+    drop(by_line);
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxy_header_says_who_asks_and_what_was_dialled() {
     let mut edge = JoinSet::new();
     let port = shouter(&mut edge).await;

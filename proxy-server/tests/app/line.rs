@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proxy_server::status::Explained;
 use serde_json::json;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinSet;
@@ -231,6 +231,59 @@ async fn without_a_session_the_line_has_all_the_time_there_is() {
         refused.contains("by the tunnel node edge1: no session"),
         "{refused}"
     );
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_over_a_line_that_goes_silent_is_cut_and_a_reader_that_pauses_is_not() {
+    let node = TcpListener::bind("127.0.0.9:0").await.unwrap();
+    let to = format!("edge1:{}", node.local_addr().unwrap().port());
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let stack = Stack::start(&format!("{LINE}path: {{silence: 1s}}\n{routes}"));
+    let open = async || {
+        let stream = stack.connect(&to).await.unwrap();
+        (stream, within(node.accept()).await.unwrap().0)
+    };
+    let (mut writer, mut reader) = open().await;
+    let mut sent = 0;
+    let writes = async {
+        loop {
+            sent += writer.write(&[7; 1 << 16]).await.unwrap();
+        }
+    };
+    // Until nothing more fits anywhere on the way.
+    let full = tokio::time::timeout(Duration::from_millis(500), writes).await;
+    assert!(full.is_err());
+
+    // Beside it others go silent one after the other, so that the pause is many times as long.
+    let cut = "corvid_streams_total{frontend=\"http_connect\",path=\"direct\",reason=\"timeout\"}";
+    for count in 1..=5 {
+        let (mut asks, gone) = open().await;
+        let nothing = [SockFilter::new(0x06, 0, 0, 0)];
+        SockRef::from(&gone).attach_filter(&nothing).unwrap();
+        asks.write_all(b"is anybody there?").await.unwrap();
+        let end = within(asks.read(&mut [0; 1])).await;
+        assert!(!matches!(end, Ok(1..)), "{end:?}");
+        until_at_least(&stack, cut, f64::from(count)).await;
+    }
+    let cuts = stack.metric(cut).await;
+    assert!((cuts - 5.0).abs() < f64::EPSILON, "{cuts}");
+
+    // It has lost nothing, and goes on.
+    let reads = async {
+        let mut some = vec![0; 1 << 16];
+        let mut all = 0;
+        while all < sent {
+            all += reader.read(&mut some).await.unwrap();
+        }
+        assert_eq!(all, sent);
+    };
+    within(reads).await;
+    writer.write_all(b"still there").await.unwrap();
+    let mut word = [0; 11];
+    within(reader.read_exact(&mut word)).await.unwrap();
+    assert_eq!(&word, b"still there");
+    drop((writer, reader));
     stack.stop().await;
 }
 
