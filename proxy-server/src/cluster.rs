@@ -119,7 +119,7 @@ impl Cluster {
         if let Some(dns) = &settings.dns {
             let of_dns = DnsMetrics::default();
             metrics.register(|registry| of_dns.register(registry));
-            cluster.published = Some(Arc::new(Published::new(dns.config_map.clone(), of_dns)));
+            cluster.published = Some(Arc::new(Published::new(dns, of_dns)));
         }
         cluster.export();
         cluster

@@ -62,6 +62,17 @@ pub(crate) struct Meant<'a> {
     pub(crate) pod: Option<&'a PodPort>,
 }
 
+/// Who has addresses.
+#[derive(Clone, Copy)]
+pub(crate) struct Known<'a> {
+    /// By the configuration.
+    pub(crate) routes: &'a RouteTable,
+    /// In the cluster.
+    pub(crate) cluster: &'a ClusterTable,
+    /// Whose an address is by which requests come to servers like this one.
+    pub(crate) servers: &'a dyn Fn(IpAddr) -> Option<String>,
+}
+
 impl Paths {
     /// Of a server with that configuration.
     #[must_use]
@@ -84,16 +95,11 @@ impl Paths {
     }
 
     /// How that is reached now.
-    pub(crate) fn decide(
-        &self,
-        routes: &RouteTable,
-        cluster: &ClusterTable,
-        meant: Meant<'_>,
-    ) -> Decided {
-        let node = cluster.nodes().get(meant.node);
+    pub(crate) fn decide(&self, known: Known<'_>, meant: Meant<'_>) -> Decided {
+        let node = known.cluster.nodes().get(meant.node);
         let addresses: &[IpAddr] = match &meant.to.host {
             Host::Ip(ip) => &[*ip],
-            Host::Name(_) => match routes.addresses_of(meant.node) {
+            Host::Name(_) => match known.routes.addresses_of(meant.node) {
                 [] => node.map_or(&[], |node| &node.addresses),
                 configured => configured,
             },
@@ -105,23 +111,18 @@ impl Paths {
             addresses,
         };
         self.policy
-            .decide(subject, |address| others(routes, cluster, meant, address))
+            .decide(subject, |address| others(known, meant, address))
     }
 
     /// Where who asks for that may as well dial it himself: it is always dialled past the tunnel, and as any machine's
     /// routes lead. Of the node's addresses that one alone was looked at.
-    pub(crate) fn leaves_to_itself(
-        &self,
-        routes: &RouteTable,
-        cluster: &ClusterTable,
-        meant: Meant<'_>,
-    ) -> Option<IpAddr> {
+    pub(crate) fn leaves_to_itself(&self, known: Known<'_>, meant: Meant<'_>) -> Option<IpAddr> {
         if self.is_idle() {
             return None;
         }
-        match self.decide(routes, cluster, meant).decision {
+        match self.decide(known, meant).decision {
             Decision::Direct(Bypass { line, address }) => {
-                let node = cluster.nodes().get(meant.node)?;
+                let node = known.cluster.nodes().get(meant.node)?;
                 (line.is_plain() && node.addresses.contains(&address)).then_some(address)
             }
             Decision::Auto(_) | Decision::Tunnel | Decision::Refused => None,
@@ -270,24 +271,26 @@ impl Drop for Dialled {
     }
 }
 
-/// Everybody else who has that address, by the configuration or in the cluster.
-fn others(
-    routes: &RouteTable,
-    cluster: &ClusterTable,
-    meant: Meant<'_>,
-    address: IpAddr,
-) -> Vec<Claimant> {
+/// Everybody else who has that address, by the configuration or in the cluster, and servers like this one.
+fn others(known: Known<'_>, meant: Meant<'_>, address: IpAddr) -> Vec<Claimant> {
     let pod = meant.pod.map(|pod| pod.pod.as_str());
-    let mut others = cluster.others_at(address, meant.node, pod);
-    for claim in routes.claims(address) {
+    let at = (address, meant.to.port);
+    let mut others = known.cluster.others_at(at, meant.node, pod);
+    for claim in known.routes.claims(address) {
         if claim.node != meant.node {
-            let of_cluster = cluster.nodes().get(&claim.node);
+            let of_cluster = known.cluster.nodes().get(&claim.node);
             others.push(Claimant {
                 name: format!("node {}", claim.node),
                 pool: of_cluster.and_then(|node| node.pool.clone()),
+                leads_back: false,
             });
         }
     }
+    others.extend((known.servers)(address).map(|name| Claimant {
+        name,
+        pool: None,
+        leads_back: true,
+    }));
     others
 }
 
@@ -325,6 +328,11 @@ mod tests {
             ("edge1", "10.9.0.1:1", Ok("10.9.0.1")),
             (
                 "edge1",
+                "10.9.0.50:1",
+                Err("10.9.0.50 is that of this very server, "),
+            ),
+            (
+                "edge1",
                 "192.168.1.10:1",
                 Err("192.168.1.10 is also that of node edge2, "),
             ),
@@ -341,7 +349,12 @@ mod tests {
                 to: &to,
                 pod: None,
             };
-            let decided = paths.decide(&routes, &ClusterTable::default(), meant);
+            let known = Known {
+                routes: &routes,
+                cluster: &ClusterTable::default(),
+                servers: &|ip| (ip.to_string() == "10.9.0.50").then(|| "this very server".into()),
+            };
+            let decided = paths.decide(known, meant);
             match (&decided.decision, wanted) {
                 (Decision::Auto(bypass), Ok(address)) => {
                     assert_eq!(bypass.address.to_string(), address, "{node} {to}");

@@ -7,7 +7,7 @@
 //!
 //! | state | what is written |
 //! | --- | --- |
-//! | another server leads | nothing |
+//! | another server leads | nothing; where there are lines, it is looked where names point all the same |
 //! | leads, nodes not read yet | nothing: an empty or partial map would take names away |
 //! | leads | the map is created, changed, or repaired if somebody else changed it |
 //! | leadership was lost or ran out | nothing, at once; what was under way is refused by its version once the next leader has written |
@@ -49,7 +49,7 @@ use super::nodes::KUBELET_PORT;
 use super::plan::{MOST, Plan, TooLarge, WRITTEN_BY, Wanted, plan};
 use crate::config::{Dns, Elsewhere, Kubernetes, LeaseTimes, ObjectName};
 use crate::metrics::{DnsMetrics, WriteLabels};
-use crate::path::Meant;
+use crate::path::{Known, Meant};
 use crate::route::{Route, RouteTable};
 use crate::serve::Forwarder;
 
@@ -66,6 +66,8 @@ pub struct Published {
     /// Whether this server writes it.
     pub leadership: Arc<Leadership>,
     state: Mutex<MapState>,
+    /// Where names at the edge point.
+    here: Mutex<BTreeSet<IpAddr>>,
     metrics: DnsMetrics,
 }
 
@@ -81,13 +83,20 @@ pub struct MapState {
 }
 
 impl Published {
-    pub(super) fn new(map: ObjectName, metrics: DnsMetrics) -> Self {
+    pub(super) fn new(dns: &Dns, metrics: DnsMetrics) -> Self {
+        let here = dns.addresses.iter().map(IpAddr::to_canonical).collect();
         Self {
-            map,
+            map: dns.config_map.clone(),
             leadership: Arc::new(Leadership::new(metrics.leader.clone())),
             state: Mutex::default(),
+            here: Mutex::new(here),
             metrics,
         }
+    }
+
+    /// Whether names at the edge point to that address, as far as is known.
+    pub(crate) fn leads_here(&self, ip: IpAddr) -> bool {
+        self.here.lock().contains(&ip)
     }
 
     /// How the map is.
@@ -274,6 +283,7 @@ impl Writer {
     async fn run(&mut self) -> Infallible {
         let recheck = self.times.retry_period * RECHECK;
         let (mut last, mut due, mut failures) = (None::<Inputs>, Instant::now(), 0_u32);
+        let mut learn = due;
         loop {
             sleep(GATHER).await;
             if self.published.leadership.until().is_none() {
@@ -281,6 +291,7 @@ impl Writer {
                     self.published.not_ours();
                 }
                 (failures, self.said) = (0, None);
+                self.learn(&mut learn).await;
                 continue;
             }
             let now = Instant::now();
@@ -368,15 +379,23 @@ impl Writer {
         self.times.duration - self.times.renew_deadline
     }
 
+    /// Who does not write the map must know as well where its names point: no line leads there.
+    async fn learn(&mut self, due: &mut Instant) {
+        let is_needed = self.dns.service.is_some() && !self.forwarder.paths.is_idle();
+        if !is_needed || Instant::now() < *due {
+            return;
+        }
+        if let Err(WriteError::Asked(error)) = self.addresses().await {
+            // Whoever leads says so.
+            self.asker.failed(&error);
+        }
+        *due = Instant::now() + self.times.retry_period * RECHECK;
+    }
+
     /// Where names of nodes at the edge point.
     async fn addresses(&mut self) -> Result<BTreeSet<IpAddr>, WriteError> {
         let Some(name) = self.dns.service.clone() else {
-            return Ok(self
-                .dns
-                .addresses
-                .iter()
-                .map(IpAddr::to_canonical)
-                .collect());
+            return Ok(self.published.here.lock().clone());
         };
         let services = Api::<Service>::namespaced(self.asker.client().await?, &name.namespace);
         let found = within(self.limit(), None, services.get_opt(&name.name)).await?;
@@ -394,6 +413,7 @@ impl Writer {
         if addresses.is_empty() {
             return Err(WriteError::Headless(name));
         }
+        self.published.here.lock().clone_from(&addresses);
         Ok(addresses)
     }
 
@@ -420,7 +440,12 @@ impl Writer {
         };
         let pod = pod.as_ref();
         let (paths, meant) = (&self.forwarder.paths, Meant { node, to, pod });
-        let past_us = paths.leaves_to_itself(&inputs.routes, &inputs.table, meant);
+        let known = Known {
+            routes: &inputs.routes,
+            cluster: &inputs.table,
+            servers: &|ip| self.forwarder.leads_here(ip),
+        };
+        let past_us = paths.leaves_to_itself(known, meant);
         past_us.map_or(Led::Us, Led::At)
     }
 }

@@ -19,6 +19,7 @@
 //! | none has it | as the routes of this machine lead (line `route`) | the same |
 //! | two have it | tunnel | refused, both named |
 //! | another node or pod has the address as well, and it is not certain that the line reaches this one alone | tunnel | refused, all named |
+//! | the address is a Service's, of another proxy-server, or one where names at the edge point | tunnel | refused: what is dialled may come back here |
 //! | no address is known | tunnel | refused |
 //!
 //! It is certain where the line has an interface, and the others are not reached by that: an address alone proves nothing,
@@ -79,6 +80,9 @@ pub struct Claimant {
     pub name: String,
     /// The pool of its node.
     pub pool: Option<String>,
+    /// It is an address by which requests come to servers like this one, or may be led to them: whatever line is taken to
+    /// it, what is dialled could come back here, and so on until nothing is left to dial with.
+    pub leads_back: bool,
 }
 
 /// A way past the tunnel.
@@ -122,6 +126,13 @@ pub enum Unfit {
         /// Some of the others.
         others: Vec<String>,
     },
+    /// Whose the address is as well is no matter of sites: what is dialled there may come back here.
+    LeadsBack {
+        /// What is dialled.
+        address: IpAddr,
+        /// Whose it is.
+        whose: String,
+    },
 }
 
 impl std::fmt::Display for Unfit {
@@ -135,6 +146,10 @@ impl std::fmt::Display for Unfit {
                 f,
                 "{address} is also that of {}, and no interface of a line says which is meant",
                 others.join(" and ")
+            ),
+            Self::LeadsBack { address, whose } => write!(
+                f,
+                "{address} is that of {whose}, and what is dialled there may come back here"
             ),
         }
     }
@@ -289,6 +304,10 @@ impl Policy {
             }
         };
         let mut others = others(address);
+        if let Some(back) = others.iter().position(|other| other.leads_back) {
+            let whose = others.swap_remove(back).name;
+            return tunnel(Some(Unfit::LeadsBack { address, whose }));
+        }
         others.retain(|other| !self.tells_apart(line, other, address));
         if !others.is_empty() {
             let mut others: Vec<_> = others.into_iter().map(|other| other.name).collect();

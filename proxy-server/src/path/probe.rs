@@ -24,7 +24,7 @@ use super::dial::Failed;
 use super::health::Evidence;
 use super::policy::{Bypass, Decision};
 use super::schedule::{Key, Schedule};
-use crate::path::Meant;
+use crate::path::{Known, Meant};
 use crate::serve::Forwarder;
 
 /// Probes that wait for an answer; more wait for their turn.
@@ -69,7 +69,12 @@ pub(crate) fn targets(forwarder: &Forwarder) -> HashMap<Key, Target> {
             to: &to,
             pod: None,
         };
-        let decided = forwarder.paths.decide(&routes, &cluster, meant);
+        let known = Known {
+            routes: &routes,
+            cluster: &cluster,
+            servers: &|ip| forwarder.leads_here(ip),
+        };
+        let decided = forwarder.paths.decide(known, meant);
         if let Decision::Direct(bypass) | Decision::Auto(bypass) = decided.decision {
             let key = Key::new(&bypass, name);
             targets.insert(key, Target { bypass, port });

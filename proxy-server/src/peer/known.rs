@@ -4,7 +4,7 @@
 //! under either.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -248,6 +248,13 @@ impl<S: Session> Peers<S> {
             servers: told.len() + usize::from(self.backend),
             silent: members.map(|(_, standing)| standing).filter(silent).count(),
         }
+    }
+
+    /// Whether a member has that address.
+    pub(crate) fn has_member(&self, ip: IpAddr) -> bool {
+        let state = self.state.lock();
+        let mut members = state.members.iter().flatten();
+        members.any(|(at, _)| at.ip().to_canonical() == ip)
     }
 
     /// The members' addresses and what each has come to.

@@ -14,6 +14,7 @@
 //!
 //! What runs over a line that goes silent is cut after `path.silence`: see [`silence`](crate::path::silence).
 
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -31,7 +32,7 @@ use crate::path::dial::{self, Failed};
 use crate::path::policy::{Bypass, Decided, Decision, Unfit};
 use crate::path::schedule::Key;
 use crate::path::silence::Watch;
-use crate::path::{Dialled, Ends, Meant};
+use crate::path::{Dialled, Ends, Known, Meant};
 use crate::record::StreamRecord;
 
 /// What came of a race.
@@ -45,7 +46,23 @@ impl Forwarder {
     /// How that is reached now.
     pub(crate) fn path_of(&self, meant: Meant<'_>) -> Decided {
         let (routes, cluster) = (self.routing.table.load(), self.routing.cluster.table());
-        self.paths.decide(&routes, &cluster, meant)
+        let known = Known {
+            routes: &routes,
+            cluster: &cluster,
+            servers: &|ip| self.leads_here(ip),
+        };
+        self.paths.decide(known, meant)
+    }
+
+    /// Whose that address is, if requests come to this server or another one by it.
+    pub(crate) fn leads_here(&self, ip: IpAddr) -> Option<String> {
+        let ip = ip.to_canonical();
+        let published = self.routing.cluster.published();
+        if let Some(published) = published.filter(|published| published.leads_here(ip)) {
+            return Some(format!("proxy-servers, by the DNS map {}", published.map));
+        }
+        let is_member = self.peers.has_member(ip);
+        is_member.then(|| "a proxy-server, by `peers`".to_owned())
     }
 
     /// Opens a stream to the edge.
@@ -255,6 +272,7 @@ fn both(ask: &Ask, failure: &Failure, failed: &Failed) -> Refusal {
 fn refused(ask: &Ask, unfit: Option<&Unfit>) -> Refusal {
     let reason = match unfit {
         Some(Unfit::Shared { .. } | Unfit::SeveralLines { .. }) => Reason::AmbiguousDestination,
+        Some(Unfit::LeadsBack { .. }) => Reason::ForbiddenDestination,
         Some(Unfit::NoAddress) | None => Reason::DialUnreachable,
     };
     let why = unfit.map(Unfit::to_string).unwrap_or_default();

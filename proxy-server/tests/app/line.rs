@@ -370,6 +370,45 @@ async fn a_nodes_annotation_acts_on_the_next_request_and_cuts_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_leads_back_to_servers_is_dialled_by_no_line() {
+    let api = Api::start().await;
+    let (_agents, [map, service]) = sites(["127.0.0.9", "127.0.0.10"]);
+    let port = map.port();
+    // One of them has the address where names at the edge point.
+    let (one, two) = (route("edge1", "127.0.0.9"), route("edge2", "127.0.0.10"));
+    let has = json!({"spec": {"clusterIP": "127.0.0.10", "clusterIPs": ["127.0.0.10"]}});
+    api.set("services", "corvid/tunnel", has);
+    for (dns, node, free) in [
+        ("addresses: [127.0.0.9]", "edge1", "edge2"),
+        ("service: corvid/tunnel", "edge2", "edge1"),
+    ] {
+        for (mode, reason) in [
+            ("auto", "no session"),
+            (
+                "direct",
+                "that address is never dialled: its path is direct, and 127.0.0.",
+            ),
+        ] {
+            let line = LINE.replace("}]", &format!(", mode: {mode}}}]"));
+            let more = format!(
+                "kubernetes: {{kubeconfig: KUBECONFIG, dns: {{{dns}}}}}\n{line}routes: [{one}, {two}]"
+            );
+            let mut stack = start(&api, &more);
+            is_told(&stack, &format!("{node}:{port}"), reason).await;
+            if mode == "auto" {
+                stack.agent(node, &allow(&[port]));
+                stack.sessions(node, 1).await;
+                assert_eq!(who(&stack, &format!("{node}:{port}")).await, "tunnel");
+            }
+            let beside = who(&stack, &format!("{free}:{port}")).await;
+            assert!(beside.starts_with("line 127.0.0."), "{dns} {beside}");
+            stack.stop().await;
+        }
+    }
+    drop(service);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_node_says_of_itself_leads_to_no_address_that_no_line_has() {
     let api = Api::start().await;
     let (_agents, [site]) = sites(["127.0.0.9"]);

@@ -1,19 +1,28 @@
 //! Who else has an address.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use super::{ClusterTable, Node};
+use crate::cluster::services::Service;
 use crate::path::policy::Claimant;
 
 impl ClusterTable {
     /// Every node and pod that has that address, or may have it, but the node and the pod that are meant. An address that
-    /// nobody has is that of all those in whose networks it lies.
-    pub(crate) fn others_at(&self, ip: IpAddr, node: &str, pod: Option<&str>) -> Vec<Claimant> {
+    /// nobody has is that of all those in whose networks it lies. Of Services those that have it at that port, if it is
+    /// their load balancer's: some of these have the addresses of nodes.
+    pub(crate) fn others_at(
+        &self,
+        (ip, port): (IpAddr, u16),
+        node: &str,
+        pod: Option<&str>,
+    ) -> Vec<Claimant> {
         let claim = |name: String, of: Option<&Node>| Claimant {
             name,
             pool: of.and_then(|node| node.pool.clone()),
+            leads_back: false,
         };
         let nodes = self.addresses.get(&ip).into_iter().flatten();
         let reach = self.reach.as_ref();
@@ -37,6 +46,15 @@ impl ClusterTable {
                 }
             }
         }
+        if let Some(services) = reach.and_then(|reach| reach.services.as_ref()) {
+            let has = |service: &Arc<Service>| service.ports.iter().any(|it| it.port == port);
+            let balanced = services.balanced(ip).into_iter().filter(has);
+            let all = services.at(ip).into_iter().chain(balanced);
+            others.extend(all.map(|service| Claimant {
+                leads_back: true,
+                ..claim(format!("service {}", service.key), None)
+            }));
+        }
         others
     }
 }
@@ -44,13 +62,12 @@ impl ClusterTable {
 #[cfg(test)]
 mod tests {
     use super::super::tests::reaching;
-    use super::*;
 
     #[test]
     fn whoever_else_has_an_address_is_named() {
         let table = reaching();
         let others = |ip: &str, node: &str, pod| {
-            let others = table.others_at(ip.parse::<IpAddr>().unwrap(), node, pod);
+            let others = table.others_at((ip.parse().unwrap(), 80), node, pod);
             let mut names: Vec<_> = others.into_iter().map(|other| other.name).collect();
             names.sort();
             names.join(", ")

@@ -240,6 +240,7 @@ fn a_shared_address_is_dialled_only_by_an_interface_that_tells_the_sites_apart()
         let claimant = |(i, pool): (usize, &Option<&str>)| Claimant {
             name: format!("node n{i}"),
             pool: pool.map(str::to_owned),
+            leads_back: false,
         };
         let decided = policy.decide(subject, |address| {
             assert_eq!(address, ip("192.168.1.10"));
@@ -262,6 +263,34 @@ fn without_an_address_there_is_no_bypass() {
     ] {
         let policy = policy(&format!("path: {{default: {default}}}"));
         assert_eq!(decide(&policy, Subject::default()), wanted);
+    }
+}
+
+#[test]
+fn an_address_that_leads_back_is_dialled_by_no_line_whatever_its_interface() {
+    let claimant = |name: &str, leads_back| Claimant {
+        name: name.to_owned(),
+        pool: None,
+        leads_back,
+    };
+    for (mode, wanted) in [("auto", "tunnel"), ("direct", "refused")] {
+        let policy = policy(&format!(
+            "lines: [{{name: a, networks: [10.0.0.0/8], interface: eth1, mode: {mode}}}]"
+        ));
+        let subject = Subject {
+            addresses: &[ip("10.96.0.50")],
+            ..Subject::default()
+        };
+        let others = [
+            claimant("node edge2", false),
+            claimant("service corvid/tunnel", true),
+        ];
+        let decided = policy.decide(subject, |_| others.to_vec());
+        assert_eq!(shown(&decided), wanted);
+        assert_eq!(
+            decided.unfit.unwrap().to_string(),
+            "10.96.0.50 is that of service corvid/tunnel, and what is dialled there may come back here"
+        );
     }
 }
 
@@ -288,7 +317,7 @@ proptest! {
         let addresses: Vec<IpAddr> = addresses.into_iter().map(|bits| IpAddr::from(bits.to_be_bytes())).collect();
         let wish = wish.map(Wish::Path);
         let subject = Subject { wish: wish.as_ref(), pool, is_private, addresses: &addresses };
-        let claimant = |pool: &Option<&str>| Claimant { name: "n".into(), pool: pool.map(str::to_owned) };
+        let claimant = |pool: &Option<&str>| Claimant { name: "n".into(), pool: pool.map(str::to_owned), leads_back: false };
         let decided = policy.decide(subject, |_| sharers.iter().map(claimant).collect());
         let deciding = decided.rules.iter().filter(|(_, finding)| matches!(finding, Finding::Decides(_)));
         prop_assert_eq!(deciding.count(), 1);

@@ -475,3 +475,34 @@ fn two_services_with_one_address_are_refused() {
         "ambiguous_destination: address 10.96.0.1 is that of services d/x and d/y: ask by name, as NAME.NAMESPACE.svc"
     );
 }
+
+#[test]
+fn an_address_of_a_service_is_one_that_leads_back() {
+    let all = vec![
+        service(
+            "d/web",
+            &json!({"clusterIP": "10.96.0.66", "ports": [{"port": 80}]}),
+            &[],
+        ),
+        service(
+            "d/lb",
+            &json!({"type": "LoadBalancer", "clusterIP": "10.96.0.7", "ports": [{"port": 443}]}),
+            &["192.168.1.10"],
+        ),
+    ];
+    let table = reaching(pods(&[]), services(all, Vec::new()));
+    for (ip, port, wanted) in [
+        ("10.96.0.66", 80, "service d/web"),
+        // Whatever comes of a port that it has not.
+        ("10.96.0.66", 10_250, "service d/web"),
+        ("10.96.0.7", 1, "service d/lb"),
+        // Of a balancer that has the address of a node, its own ports alone.
+        ("192.168.1.10", 443, "service d/lb"),
+        ("192.168.1.10", 10_250, ""),
+    ] {
+        let others = table.others_at((ip.parse().unwrap(), port), "edge1", None);
+        let back = others.iter().filter(|other| other.leads_back);
+        let names: Vec<_> = back.map(|other| other.name.as_str()).collect();
+        assert_eq!(names.join(", "), wanted, "{ip} {port}");
+    }
+}
