@@ -2,20 +2,22 @@
 //!
 //! | verdict | from it by | what requests do |
 //! | --- | --- | --- |
-//! | up, also before anything is known | a node: `fall` bad ones in a row; a line: at least two nodes, and half of those that were up, lost within a minute | the line, the tunnel beside it after a while |
+//! | up, also before anything is known | a node: `fall` bad ones in a row; a line: at least two nodes that were well, and half of those that were up, lost within a minute | the line, the tunnel beside it after a while |
 //! | down | nothing but good ones over `stable`: of a node at least `rise`; of a line, of at least as many of its nodes as are still lost | the tunnel; the line if there is no session |
 //!
 //! What goes down again before it has held for ten times `stable` is waited for twice as long the next time, up to sixteen
 //! times. So a line that bounces does not lead requests back and forth: the way out is quick, the way back is not.
 //!
-//! A node that was down before says nothing of its line: nodes are switched off for the weekend.
+//! A node that was down before says nothing of its line, nor one that was never well, nor any longer one that has been down
+//! for a minute and `stable`: nodes are switched off for the weekend. The routes of this machine (line `route`) lead to all
+//! sites, and what becomes of some of these says nothing of the others: that line is never judged.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::config::PathSettings;
+use crate::config::{PathSettings, ROUTE};
 
 /// What is lost within this was lost at once.
 const AT_ONCE: Duration = Duration::from_secs(60);
@@ -87,6 +89,8 @@ struct Node {
     /// In a row.
     good: u32,
     bad: u32,
+    /// It has been well at all.
+    was_well: bool,
     rtt: Option<Duration>,
     /// What was last seen, a bit each, the newest lowest: 1 is bad.
     recent: u32,
@@ -99,6 +103,7 @@ impl Node {
             gate: Gate::new(now),
             good: 0,
             bad: 0,
+            was_well: false,
             rtt: None,
             recent: 0,
             seen: 0,
@@ -112,6 +117,7 @@ impl Node {
         match evidence {
             Evidence::Good(rtt) => {
                 (self.good, self.bad) = (self.good.saturating_add(1), 0);
+                self.was_well = true;
                 self.rtt = Some(match self.rtt {
                     Some(before) => (before * (SMOOTH - 1) + rtt) / SMOOTH,
                     None => rtt,
@@ -133,9 +139,9 @@ impl Node {
         }
     }
 
-    /// Lost with others: not before that.
+    /// Lost with others: not before that, and not for so long that it speaks for itself only.
     fn is_lost(&self, since: Instant) -> bool {
-        self.bad > 0 && (self.gate.is_up || self.gate.since >= since)
+        self.was_well && self.bad > 0 && (self.gate.is_up || self.gate.since >= since)
     }
 }
 
@@ -148,22 +154,24 @@ struct OfLine {
 impl OfLine {
     /// Whether its verdict has changed.
     fn judge(&mut self, now: Instant, stable: Duration) -> bool {
-        let begin = if self.gate.is_up {
-            now
+        let window = if self.gate.is_up {
+            AT_ONCE
         } else {
-            self.gate.since
+            AT_ONCE + stable
         };
-        let begin = begin.checked_sub(AT_ONCE).unwrap_or(begin);
-        let lost = self.nodes.values().filter(|node| node.is_lost(begin));
-        let well = self.nodes.values().filter(|node| node.good > 0);
-        let (lost, well) = (lost.count(), well.count());
+        let begin = now.checked_sub(window).unwrap_or(now);
+        let nodes = || self.nodes.values();
+        let lost = nodes().filter(|node| node.is_lost(begin)).count();
         if self.gate.is_up {
-            let falls = lost >= 2 && lost >= well;
+            // Those of which nothing is known yet are among them.
+            let were_up = nodes().filter(|node| node.gate.is_up || node.is_lost(begin));
+            let falls = lost >= 2 && lost * 2 >= were_up.count();
             if falls {
                 self.gate.fall(now, stable);
             }
             return falls;
         }
+        let well = nodes().filter(|node| node.good > 0).count();
         if well == 0 || well < lost {
             self.gate.well = None;
             return false;
@@ -271,7 +279,7 @@ impl Health {
             switches.push(Switch { node, is_up });
         }
         let matters = evidence == Evidence::Bad || !of_line.gate.is_up;
-        if matters && of_line.judge(now, self.rules.stable) {
+        if matters && line != ROUTE && of_line.judge(now, self.rules.stable) {
             let is_up = of_line.gate.is_up;
             switches.push(Switch { node: None, is_up });
         }

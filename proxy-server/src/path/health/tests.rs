@@ -106,6 +106,44 @@ fn a_line_that_bounces_each_three_seconds_is_switched_at_most_once_a_minute() {
 }
 
 #[test]
+fn each_node_of_a_line_that_bounces_is_led_another_way_at_most_once_a_minute() {
+    let start = Instant::now();
+    let names = nodes(5);
+    for offset in 0..30 {
+        let mut health = health(start, &names);
+        let mut random = f64::from(offset) / 30.0;
+        // As they are probed: each after its pause, a fifth more or less.
+        let mut due: Vec<_> = (0..5).map(|i| Duration::from_millis(i * 900)).collect();
+        let mut changes = vec![Vec::new(); names.len()];
+        let mut is_down = vec![false; names.len()];
+        while let Some((i, now)) = due.iter().copied().enumerate().min_by_key(|(_, at)| *at)
+            && now < secs(600)
+        {
+            let bounce = (now.as_millis() + offset as u128 * 100) / 3000;
+            let evidence = if bounce.is_multiple_of(2) {
+                GOOD
+            } else {
+                Evidence::Bad
+            };
+            health.heard(start + now, "l", &names[i], evidence);
+            random = (random + 0.618).fract();
+            due[i] = now + health.pause("l", &names[i]).mul_f64(0.8 + 0.4 * random);
+            for (node, name) in names.iter().enumerate() {
+                let down = health.is_down("l", name).is_some();
+                if std::mem::replace(&mut is_down[node], down) != down {
+                    changes[node].push(now);
+                }
+            }
+        }
+        for (node, at) in changes.iter().enumerate() {
+            assert!(!at.is_empty(), "node {node} is never led another way");
+            let soon = at.windows(2).skip(1).any(|two| two[1] - two[0] < secs(60));
+            assert!(!soon && at.len() <= 10, "{offset}: node {node} at {at:?}");
+        }
+    }
+}
+
+#[test]
 fn a_line_that_loses_half_of_its_nodes_at_once_is_down_for_all_of_them() {
     let start = Instant::now();
     let names = nodes(6);
@@ -165,6 +203,84 @@ fn nodes_that_were_down_before_say_nothing_of_their_line() {
         }
     }
     assert_eq!(health.is_down("l", "n9"), None);
+}
+
+#[test]
+fn a_line_is_back_though_some_of_what_was_lost_with_it_never_returns() {
+    let start = Instant::now();
+    let names = nodes(6);
+    let mut health = health(start, &names);
+    for name in &names {
+        health.heard(start, "l", name, GOOD);
+    }
+    // Four are switched off within a minute, which looks as if it were the line.
+    for name in &names[..4] {
+        for _ in 0..2 {
+            health.heard(start, "l", name, Evidence::Bad);
+        }
+    }
+    assert_eq!(health.is_down("l", "n5"), Some(Down::Line));
+    let mut back = None;
+    for second in (0..600).step_by(5) {
+        let now = start + secs(second);
+        for (i, name) in names.iter().enumerate() {
+            let evidence = if i < 4 { Evidence::Bad } else { GOOD };
+            let switches = health.heard(now, "l", name, evidence);
+            if switches.iter().any(|it| it.node.is_none() && it.is_up) {
+                back = back.or(Some(second));
+            }
+        }
+    }
+    // A minute and `stable`, in which they may yet be the line's, and `stable` without any.
+    assert_eq!(back, Some(125));
+    assert_eq!(health.is_down("l", "n5"), None);
+    assert_eq!(health.is_down("l", "n0"), Some(Down::Node));
+}
+
+#[test]
+fn nodes_that_are_dead_at_the_start_do_not_take_the_line_with_them() {
+    let start = Instant::now();
+    let names = nodes(4);
+    let mut health = health(start, &names);
+    for name in &names[..3] {
+        for _ in 0..3 {
+            health.heard(start, "l", name, Evidence::Bad);
+        }
+        assert_eq!(health.is_down("l", name), Some(Down::Node));
+    }
+    assert_eq!(health.is_down("l", "n3"), None);
+}
+
+#[test]
+fn of_many_nodes_two_that_are_lost_before_the_others_were_looked_at_are_not_the_line() {
+    let start = Instant::now();
+    let names = nodes(10);
+    let mut health = health(start, &names);
+    for (lost, name) in (1..).zip(&names) {
+        health.heard(start, "l", name, GOOD);
+        health.heard(start, "l", name, Evidence::Bad);
+        let wanted = (lost >= 5).then_some(Down::Line);
+        assert_eq!(health.is_down("l", "n9"), wanted, "{lost} are lost");
+    }
+}
+
+#[test]
+fn the_routes_of_this_machine_are_never_judged_as_one_line() {
+    let start = Instant::now();
+    let names = nodes(4);
+    let mut health = Health::default();
+    health.keep(start, names.iter().map(|name| (ROUTE, name.as_str())));
+    for name in &names {
+        health.heard(start, ROUTE, name, GOOD);
+    }
+    for name in &names[..3] {
+        for _ in 0..3 {
+            health.heard(start, ROUTE, name, Evidence::Bad);
+        }
+        assert_eq!(health.is_down(ROUTE, name), Some(Down::Node));
+    }
+    assert_eq!(health.is_down(ROUTE, "n3"), None);
+    assert!(health.of_line(ROUTE).unwrap().is_up);
 }
 
 #[test]
