@@ -231,7 +231,7 @@ pub(super) fn check(config: &Config, problems: &mut Problems) {
         problems.check(value > 0, key, "must not be zero");
     }
     problems.check(
-        path.race_after < config.timeouts.dial,
+        path.race_after < config.timeouts.dial || !config.has_paths(),
         "path.raceAfter",
         "must be under timeouts.dial, or the tunnel has no time left",
     );
@@ -376,6 +376,19 @@ mod tests {
         assert!(bare.contains("kubernetes.pools.hz: "), "{bare}");
         let tunnel = problems("lines: [{name: a, networks: [10.0.0.0/8], mode: tunnel}]");
         assert!(tunnel.contains("tunnel"), "{tunnel}");
+    }
+
+    #[test]
+    fn a_short_dial_is_no_mistake_where_there_is_no_race() {
+        let short = "timeouts: {dial: 200ms}\n";
+        assert_eq!(problems(short), "");
+        for more in [
+            "path: {default: auto}",
+            "lines: [{name: a, networks: [10.0.0.0/8]}]",
+        ] {
+            let said = problems(&format!("{short}{more}"));
+            assert!(said.contains("path.raceAfter: must be under"), "{said}");
+        }
     }
 
     #[test]
