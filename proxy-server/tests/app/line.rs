@@ -34,8 +34,8 @@ impl Site {
         socket.set_nonblocking(true)?;
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
-        // So short that it can be filled.
-        socket.listen(1)?;
+        // So short that it can be filled, and long enough for who comes at once.
+        socket.listen(16)?;
         let mut site = Self {
             listener: Arc::new(TcpListener::from_std(socket.into())?),
             answering: JoinSet::new(),
@@ -127,6 +127,22 @@ async fn who(stack: &Stack, to: &str) -> String {
     }
 }
 
+/// Waits until that one answers: a dial that was slow, or a probe that was lost, may lead another way for a while.
+async fn until_word(stack: &Stack, to: &str, wanted: &str) -> UnixStream {
+    let asked = async {
+        loop {
+            if let Ok(mut stream) = stack.connect(to).await
+                && word(&mut stream).await == wanted
+            {
+                return stream;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(DEADLINE, asked).await;
+    in_time.unwrap_or_else(|_| panic!("{to}: {wanted:?} never answers"))
+}
+
 /// That a stream still carries bytes both ways.
 async fn carries(stream: &mut UnixStream) {
     stream.write_all(b"still there").await.unwrap();
@@ -173,8 +189,7 @@ async fn a_line_that_fails_is_left_for_the_tunnel_and_taken_again() {
     let mut stack = Stack::start(&(LINE.to_owned() + &routes));
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
-    let mut by_line = stack.connect(&to).await.unwrap();
-    assert_eq!(word(&mut by_line).await, "line 127.0.0.9");
+    until_word(&stack, &to, "line 127.0.0.9").await;
 
     // Silent: the tunnel is tried beside it and answers. One after the other does not help: nothing comes of the line.
     site.fall_silent().await;
@@ -182,19 +197,10 @@ async fn a_line_that_fails_is_left_for_the_tunnel_and_taken_again() {
     let lost = "corvid_line_dials_total{line=\"express\",result=\"lost\"}";
     assert!(stack.metric(lost).await >= 1.0);
     site.come_back().await;
-    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
-
-    // Refused: at once, long before the time that a line has alone.
-    site.close().await;
-    let mut by_tunnel = stack.connect(&to).await.unwrap();
-    assert_eq!(word(&mut by_tunnel).await, "tunnel");
-    let again = Site::open(format!("127.0.0.9:{port}").parse().unwrap(), "back").unwrap();
-    assert_eq!(who(&stack, &to).await, "back");
-    // What runs stays where it is.
-    carries(&mut by_tunnel).await;
+    until_word(&stack, &to, "line 127.0.0.9").await;
 
     // Neither: both are told.
-    again.close().await;
+    site.close().await;
     agents.close().await;
     let neither = who(&stack, &to).await;
     assert!(
@@ -203,6 +209,30 @@ async fn a_line_that_fails_is_left_for_the_tunnel_and_taken_again() {
     );
     let by_line = format!("dialled 127.0.0.9:{port} by line express");
     assert!(neither.contains(&by_line), "{neither}");
+    stack.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_refuses_is_left_at_once_and_what_runs_stays_where_it_is() {
+    let (_agents, [site]) = sites(["127.0.0.9"]);
+    let port = site.port();
+    let to = format!("edge1:{port}");
+    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let times = "timeouts: {dial: 29s}\npath: {raceAfter: 28s}\n";
+    let mut stack = Stack::start(&format!("{LINE}{times}{routes}"));
+    stack.agent("edge1", &allow(&[port]));
+    stack.sessions("edge1", 1).await;
+    let mut by_line = until_word(&stack, &to, "line 127.0.0.9").await;
+    carries(&mut by_line).await;
+    site.close().await;
+    let at_once = tokio::time::timeout(Duration::from_secs(20), stack.connect(&to)).await;
+    let mut by_tunnel = at_once.unwrap().unwrap();
+    assert_eq!(word(&mut by_tunnel).await, "tunnel");
+    let again = Site::open(format!("127.0.0.9:{port}").parse().unwrap(), "back").unwrap();
+    until_word(&stack, &to, "back").await;
+    carries(&mut by_tunnel).await;
+    drop((by_line, by_tunnel));
+    again.close().await;
     stack.stop().await;
 }
 
@@ -339,9 +369,7 @@ async fn a_nodes_annotation_acts_on_the_next_request_and_cuts_nothing() {
     let mut stack = start(&api, &more);
     stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
-    let mut by_line = stack.connect(&to).await.unwrap();
-    assert_eq!(word(&mut by_line).await, "line 127.0.0.9");
-    let mut runs = vec![by_line];
+    let mut runs = vec![until_word(&stack, &to, "line 127.0.0.9").await];
     for (path, wanted) in [
         (Some("tunnel"), "tunnel"),
         (Some("direct"), "line 127.0.0.9"),
@@ -352,16 +380,7 @@ async fn a_nodes_annotation_acts_on_the_next_request_and_cuts_nothing() {
         (None, "line 127.0.0.9"),
     ] {
         api.put(said(path));
-        let changed = async {
-            loop {
-                let mut stream = stack.connect(&to).await.unwrap();
-                if word(&mut stream).await == wanted {
-                    return stream;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        runs.push(within(changed).await);
+        runs.push(until_word(&stack, &to, wanted).await);
     }
     for stream in &mut runs {
         carries(stream).await;
@@ -471,7 +490,7 @@ async fn a_line_that_is_known_to_be_down_is_not_waited_for_until_it_has_been_sta
     stack.agent("edge1", &allow(&[site.port()]));
     stack.sessions("edge1", 1).await;
     until_at_least(&stack, "corvid_line_probes_total", 1.0).await;
-    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+    until_word(&stack, &to, "line 127.0.0.9").await;
 
     site.fall_silent().await;
     until_at_least(&stack, &switched("down"), 1.0).await;
@@ -487,7 +506,7 @@ async fn a_line_that_is_known_to_be_down_is_not_waited_for_until_it_has_been_sta
 
     site.answer();
     until_at_least(&stack, &switched("up"), 1.0).await;
-    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+    until_word(&stack, &to, "line 127.0.0.9").await;
     stack.stop().await;
 }
 
@@ -563,7 +582,7 @@ async fn the_access_log_says_by_which_line() {
     let mut stack = Stack::start(&(LINE.to_owned() + &routes));
     stack.agent("edge1", &allow(&[site.port()]));
     stack.sessions("edge1", 1).await;
-    assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
+    until_word(&stack, &to, "line 127.0.0.9").await;
     let by_line = logged(&to, |line| line["path"] == "direct").await;
     assert_eq!(by_line["line"], "express", "{by_line}");
     assert_eq!(by_line["session"], "", "{by_line}");
