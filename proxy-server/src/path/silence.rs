@@ -249,7 +249,7 @@ mod tests {
 
     async fn fill(watch: &Watch) -> usize {
         let mut all = 0;
-        let some = [7; 1 << 16];
+        let some = vec![7; 1 << 16];
         let writes = async {
             loop {
                 watch.socket.writable().await.unwrap();

@@ -109,7 +109,7 @@ fn a_line_that_bounces_each_three_seconds_is_switched_at_most_once_a_minute() {
 fn each_node_of_a_line_that_bounces_is_led_another_way_at_most_once_a_minute() {
     let start = Instant::now();
     let names = nodes(5);
-    for offset in 0..30 {
+    for offset in 0..30_u32 {
         let mut health = health(start, &names);
         let mut random = f64::from(offset) / 30.0;
         // As they are probed: each after its pause, a fifth more or less.
@@ -119,7 +119,7 @@ fn each_node_of_a_line_that_bounces_is_led_another_way_at_most_once_a_minute() {
         while let Some((i, now)) = due.iter().copied().enumerate().min_by_key(|(_, at)| *at)
             && now < secs(600)
         {
-            let bounce = (now.as_millis() + offset as u128 * 100) / 3000;
+            let bounce = (now.as_millis() + u128::from(offset) * 100) / 3000;
             let evidence = if bounce.is_multiple_of(2) {
                 GOOD
             } else {
