@@ -31,7 +31,8 @@ const ENOUGH: u8 = 2;
 const LEAST: Duration = Duration::from_millis(10);
 
 /// What there is at the beginning of the kernel's `struct tcp_info`, as it has been since Linux 2.6. C libraries know
-/// more or less of what follows, and the kernel gives as much as is asked for.
+/// more or less of what follows, and the kernel gives as much as is asked for. Numbers alone, without gaps: whatever the
+/// kernel writes is one.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Info {
@@ -162,10 +163,10 @@ impl Watch {
     }
 }
 
-/// Has the kernel ask several times within the limit whoever has been silent for a while, where it would do so ever more
-/// rarely; older ones go on as they do.
+/// Has the kernel ask twice within the limit whoever has been silent for a while, where it would do so ever more rarely;
+/// older ones go on as they do. Not more often: a closed window that nobody has confirmed for twice that time, it gives up.
 pub(super) fn ask_often(socket: &TcpStream, limit: Duration) {
-    let most = (limit / 6).max(Duration::from_secs(1)).as_millis();
+    let most = (limit / 2).max(Duration::from_secs(1)).as_millis();
     // The longest that there is without this.
     let most = usize::try_from(most).map_or(120_000, |most| most.min(120_000));
     setsockopt(socket, RtoMax, &most).ok(); // only where the kernel knows it
