@@ -77,16 +77,21 @@ impl Paths {
     /// Of a server with that configuration.
     #[must_use]
     pub fn new(config: &Config, metrics: &daemon::Metrics) -> Self {
-        let paths = Self {
-            policy: Policy::new(config),
-            settings: config.path,
-            health: Mutex::new(Health::new(config.path)),
-            ..Self::default()
-        };
+        let paths = Self::unwatched(config);
         if !paths.policy.is_idle() {
             metrics.register(|registry| paths.metrics.register(registry));
         }
         paths
+    }
+
+    /// Of somebody who dials nobody.
+    pub(crate) fn unwatched(config: &Config) -> Self {
+        Self {
+            policy: Policy::new(config),
+            settings: config.path,
+            health: Mutex::new(Health::new(config.path)),
+            ..Self::default()
+        }
     }
 
     /// Whether everything goes through the tunnel, whatever is said of a node.

@@ -39,6 +39,7 @@ use ipnet::IpNet;
 use keep::Keeper;
 use nft::NftError;
 use presence::Presence;
+use proto::{Destination, Host};
 use report::Report;
 use ruleset::{Lead, Ruleset};
 use tokio::time::timeout;
@@ -46,7 +47,7 @@ use tokio::time::timeout;
 use crate::cluster::{ClientError, Cluster, ClusterTable, Source, Watch};
 use crate::commands::{fail, say};
 use crate::config::{self, Config, Mark, Overrides};
-use crate::path::direct;
+use crate::path::{Known, Meant, Paths, direct};
 use crate::route::RouteTable;
 
 /// For reading all nodes once.
@@ -133,6 +134,7 @@ struct Settings {
     routes: RouteTable,
     leads: Vec<Lead>,
     mark: Mark,
+    paths: Box<Paths>,
 }
 
 impl Settings {
@@ -146,12 +148,14 @@ impl Settings {
             routes: RouteTable::new(&config.routes),
             leads,
             mark: config.mark(),
+            paths: Box::new(Paths::unwatched(config)),
         })
     }
 
     /// The rules for these nodes on a machine with the addresses `own`; `more` are led too, unless they must not be.
     fn plan(&self, cluster: &ClusterTable, own: &[IpAddr], more: &[IpNet]) -> (Ruleset, Report) {
-        let mut addresses = Addresses::new(&self.routes, cluster, own);
+        let past_us = |node: &str, address| self.leaves_to_itself(cluster, node, address);
+        let mut addresses = Addresses::new(&self.routes, cluster, own, past_us);
         let left_out = &addresses.left_out;
         let may = |net: &&IpNet| !left_out.iter().any(|left| left.address.contains(*net));
         let more: Vec<_> = more.iter().filter(may).copied().collect();
@@ -159,6 +163,25 @@ impl Settings {
         let ruleset = Ruleset::new(self.mark, &self.leads, &addresses.led);
         let report = Report::new(&ruleset, &addresses, cluster);
         (ruleset, report)
+    }
+
+    /// Whether what is dialled there needs us for nothing.
+    fn leaves_to_itself(&self, cluster: &ClusterTable, node: &str, address: IpAddr) -> bool {
+        let known = Known {
+            routes: &self.routes,
+            cluster,
+            // Who dials a proxy-server's address reaches it, whatever we say.
+            servers: &|_| None,
+        };
+        let at = |lead: &Lead| Destination {
+            host: Host::Ip(address),
+            port: lead.port,
+        };
+        self.leads.iter().map(at).all(|to| {
+            let (to, pod) = (&to, None);
+            let meant = Meant { node, to, pod };
+            self.paths.leaves_to_itself(known, meant) == Some(address)
+        })
     }
 }
 
@@ -311,4 +334,49 @@ async fn leave(presence: Presence) -> Result<(), NftError> {
         tracing::info!("the rules stay: another run keeps them");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::cluster::nodes::tests::{node, trim};
+    use crate::config::Kubernetes;
+
+    /// Which of the addresses of two nodes at the edge are led to us with that configuration.
+    fn led(lines: &str) -> Vec<String> {
+        let text = format!("frontends: [{{type: intercept, listen: '0.0.0.0:10250'}}]\n{lines}");
+        let config: Config = daemon::config::parse(Path::new("x.yaml"), &text).unwrap();
+        let settings = Settings::new(Path::new("x.yaml"), &config).unwrap();
+        let label = json!({"openyurt.io/is-edge-worker": "true"});
+        let nodes = [("press", "10.20.0.7"), ("lathe", "192.168.1.10")].map(|(name, ip)| {
+            let value = node(name, label.clone(), json!({}), &[("InternalIP", ip)]);
+            let node = trim(value, &Kubernetes::default()).unwrap();
+            (node.name.clone(), Arc::new(node))
+        });
+        let (rules, _report) = settings.plan(&ClusterTable::new(nodes.into()), &[], &[]);
+        rules
+            .addresses
+            .iter()
+            .map(|a| a.addr().to_string())
+            .collect()
+    }
+
+    #[test]
+    fn what_is_always_dialled_as_any_machine_would_is_not_led_to_us() {
+        let both = ["10.20.0.7", "192.168.1.10"];
+        assert_eq!(led(""), both);
+        let line = |more: &str| {
+            led(&format!(
+                "lines: [{{name: express, networks: [10.20.0.0/16]{more}}}]"
+            ))
+        };
+        assert_eq!(line(", mode: direct"), ["192.168.1.10"]);
+        // The tunnel may be needed, or more than routes.
+        assert_eq!(line(""), both);
+        assert_eq!(line(", mode: direct, interface: vpn0"), both);
+        assert_eq!(line(", mode: direct, source: 10.0.0.1"), both);
+        assert_eq!(line(", mode: direct, mark: 7"), both);
+    }
 }

@@ -7,6 +7,7 @@
 //! | a node at the edge and one that is not | no, told with all names |
 //! | only nodes that are not at the edge | no |
 //! | this machine; an address that is never dialled | no, told if a node at the edge has it |
+//! | nodes at the edge that are always dialled past the tunnel, as any machine's routes lead | no, told with all names: who dials it needs us for nothing |
 //!
 //! Stricter than routing, where an entry in `routes` goes before what the cluster says: there a request that goes wrong
 //! is refused, here kube-apiserver would reach another machine than it dialled. A CIDR of `routes` is led without those
@@ -54,6 +55,8 @@ const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], length: u8) -> IpNet {
 pub(super) enum Why {
     /// A node that is not at the edge has it too.
     AlsoElsewhere,
+    /// We would dial it past the tunnel, as who asks may as well.
+    AlwaysDirect,
     /// It leads to nobody, or to whoever dials it.
     NeverDialled,
     /// Nodes that different agents serve have it.
@@ -66,6 +69,7 @@ impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::AlsoElsewhere => "also that of a node that is not at the edge",
+            Self::AlwaysDirect => "always dialled past the tunnel, and left to whoever asks",
             Self::NeverDialled => "never dialled",
             Self::Shared => "shared by nodes that different agents serve",
             Self::ThisMachine => "this machine's own",
@@ -92,8 +96,14 @@ pub(super) struct Addresses {
 }
 
 impl Addresses {
-    /// What `routes` and the cluster say on a machine with the addresses `own`.
-    pub(super) fn new(routes: &RouteTable, cluster: &ClusterTable, own: &[IpAddr]) -> Self {
+    /// What `routes` and the cluster say on a machine with the addresses `own`; `past_us` says whether that node is always
+    /// dialled at that address past the tunnel, as any machine's routes lead.
+    pub(super) fn new(
+        routes: &RouteTable,
+        cluster: &ClusterTable,
+        own: &[IpAddr],
+        past_us: impl Fn(&str, IpAddr) -> bool,
+    ) -> Self {
         let own: BTreeSet<IpAddr> = own.iter().map(IpAddr::to_canonical).collect();
         let claimed = cluster.addresses();
         let (whole, cidrs): (Vec<_>, Vec<_>) =
@@ -101,7 +111,7 @@ impl Addresses {
         let mut leads = BTreeMap::new();
         let mut left_out = Vec::new();
         let mut decide = |address: IpNet, claims: Claims<'_>, own: &BTreeSet<IpAddr>| {
-            let verdict = claims.judge(address, own);
+            let verdict = claims.judge(address, own, &past_us);
             leads.insert(address, verdict == Ok(true));
             if let Err(why) = verdict {
                 left_out.push(LeftOut {
@@ -148,7 +158,12 @@ struct Claims<'a> {
 
 impl Claims<'_> {
     /// Whether it is led to us; an error if a node at the edge has it and it is not.
-    fn judge(self, net: IpNet, own: &BTreeSet<IpAddr>) -> Result<bool, Why> {
+    fn judge(
+        self,
+        net: IpNet,
+        own: &BTreeSet<IpAddr>,
+        past_us: &impl Fn(&str, IpAddr) -> bool,
+    ) -> Result<bool, Why> {
         // `routes` speak for a node of that name: what the cluster says of it counts no more.
         let configured = |node: &Node| self.configured.iter().any(|claim| claim.node == node.name);
         let others = || self.cluster.iter().filter(|node| !configured(node));
@@ -174,6 +189,9 @@ impl Claims<'_> {
         }
         if agents.any(|other| other != agent) {
             return Err(Why::Shared);
+        }
+        if is_whole(net) && self.names().iter().all(|node| past_us(node, ip)) {
+            return Err(Why::AlwaysDirect);
         }
         Ok(true)
     }
@@ -290,7 +308,7 @@ mod tests {
             ("edge1", "-", &["10.1.0.1"]),
         ]);
         let own = ["10.1.0.99", "10.1.0.98"].map(|ip| ip.parse().unwrap());
-        let addresses = Addresses::new(&routes, &cluster, &own);
+        let addresses = Addresses::new(&routes, &cluster, &own, |_, _| false);
         assert_eq!(
             led(&addresses),
             [
@@ -311,6 +329,26 @@ mod tests {
     }
 
     #[test]
+    fn an_address_of_which_all_nodes_are_dialled_past_us_is_left_to_whoever_asks() {
+        let routes = RouteTable::new(&[entry("site", Some("site-a"), &["10.9.0.4/30"])]);
+        let cluster = cluster(&[
+            ("press", "site-a", &["10.9.0.1", "10.9.0.2", "10.9.0.5"]),
+            ("lathe", "site-a", &["10.9.0.2"]),
+            ("cloud1", "-", &["10.9.0.8"]),
+        ]);
+        let past_us = |node: &str, ip: IpAddr| node == "press" || ip.to_string() == "10.9.0.8";
+        let addresses = Addresses::new(&routes, &cluster, &[], past_us);
+        // One of two nodes is no reason, nor is a node within a network that an entry of `routes` has.
+        assert_eq!(led(&addresses), ["10.9.0.2", "10.9.0.4/30"]);
+        let wanted = (
+            "10.9.0.1/32".to_owned(),
+            Why::AlwaysDirect,
+            "press".to_owned(),
+        );
+        assert_eq!(left_out(&addresses), [wanted]);
+    }
+
+    #[test]
     fn a_cidr_is_led_without_what_may_not_be() {
         let routes = RouteTable::new(&[
             entry("site", Some("site-a"), &["10.9.0.0/29", "fd09::/126"]),
@@ -326,7 +364,7 @@ mod tests {
             ("lathe", "site-a", &["10.9.0.4"]),
         ]);
         let own = ["10.9.0.0".parse().unwrap(), "fd09::".parse().unwrap()];
-        let addresses = Addresses::new(&routes, &cluster, &own);
+        let addresses = Addresses::new(&routes, &cluster, &own, |_, _| false);
         assert_eq!(
             led(&addresses),
             [
@@ -353,7 +391,7 @@ mod tests {
     fn a_route_for_everything_leaves_this_machine_and_nobody_alone() {
         let routes = RouteTable::new(&[entry("all", None, &["0.0.0.0/0", "::/0"])]);
         let own = ["203.0.113.10".parse().unwrap()];
-        let led = Addresses::new(&routes, &ClusterTable::default(), &own).led;
+        let led = Addresses::new(&routes, &ClusterTable::default(), &own, |_, _| false).led;
         let is_led = |ip: &str| {
             led.iter()
                 .any(|net| net.contains(&ip.parse::<IpAddr>().unwrap()))
@@ -394,7 +432,12 @@ mod tests {
                 (node.name.clone(), Arc::new(node))
             })
             .collect();
-        let addresses = Addresses::new(&RouteTable::default(), &ClusterTable::new(nodes), &[]);
+        let addresses = Addresses::new(
+            &RouteTable::default(),
+            &ClusterTable::new(nodes),
+            &[],
+            |_, _| false,
+        );
         assert_eq!(addresses.led.len(), 20_000);
         assert!(addresses.left_out.is_empty());
     }
@@ -427,7 +470,7 @@ mod tests {
             let nodes: Vec<(&str, &str, &[&str])> = nodes.iter().map(|(n, a, ip)| (*n, *a, ip.as_slice())).collect();
             let (routes, cluster) = (RouteTable::new(&entries), cluster(&nodes));
             let own: Vec<IpAddr> = own.iter().map(|host| format!("10.0.0.{host}").parse().unwrap()).collect();
-            let led = Addresses::new(&routes, &cluster, &own).led;
+            let led = Addresses::new(&routes, &cluster, &own, |_, _| false).led;
             for host in 0..16 {
                 let ip: IpAddr = format!("10.0.0.{host}").parse().unwrap();
                 let times = led.iter().filter(|net| net.contains(&ip)).count();

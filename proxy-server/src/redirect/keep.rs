@@ -8,7 +8,7 @@
 //! | the table vanished or is another (`nft flush ruleset`, somebody's edit) | noticed within [`CHECK`], said, replaced |
 //! | `nft` fails | said once; tried again at the next check; what the kernel has stays |
 //! | a reload that is wrong | said; the old settings stay |
-//! | a changed `kubernetes` or `direct.mark` | said; taken at the next start, as the server does |
+//! | a changed `kubernetes`, `direct.mark`, `lines` or `path` | said; taken at the next start, as the server does |
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -201,7 +201,11 @@ impl Keeper {
         let now: BTreeSet<Shown> = report.left_out.iter().cloned().collect();
         let new: Vec<_> = now.difference(&self.told).collect();
         for left in new.iter().take(TOLD) {
-            tracing::warn!("left out: {}", left.line());
+            if left.is_meant {
+                tracing::info!("left out: {}", left.line());
+            } else {
+                tracing::warn!("left out: {}", left.line());
+            }
         }
         if let Some(more) = new.len().checked_sub(TOLD).filter(|more| *more > 0) {
             tracing::warn!("left out: {more} more addresses (`redirect --dry-run` has all)");
@@ -226,15 +230,18 @@ impl Keeper {
         let new = loaded.and_then(|new| Ok((Settings::new(&self.file, &new)?, new)));
         match new {
             Ok((settings, new)) => {
-                if new.kubernetes != self.config.kubernetes || new.mark() != self.config.mark() {
+                let old = &self.config;
+                let is_late = new.kubernetes != old.kubernetes
+                    || new.mark() != old.mark()
+                    || new.lines != old.lines
+                    || new.path != old.path;
+                if is_late {
                     tracing::warn!(
-                        "changed `kubernetes` and `direct` take effect at the next start only"
+                        "changed `kubernetes`, `direct`, `lines` and `path` take effect at the next start only"
                     );
                 }
-                self.settings = Settings {
-                    mark: self.settings.mark,
-                    ..settings
-                };
+                self.settings.routes = settings.routes;
+                self.settings.leads = settings.leads;
                 self.config = new;
                 tracing::info!("configuration reloaded");
             }

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::addresses::{Addresses, LeftOut};
+use super::addresses::{Addresses, LeftOut, Why};
 use super::ruleset::{Family, Lead, Ruleset, element};
 use crate::cluster::ClusterTable;
 
@@ -40,6 +40,9 @@ pub(super) struct Shown {
     pub(super) address: String,
     pub(super) why: String,
     pub(super) nodes: Vec<String>,
+    /// Nobody has to do anything about it.
+    #[serde(skip)]
+    pub(super) is_meant: bool,
 }
 
 impl From<&LeftOut> for Shown {
@@ -48,6 +51,7 @@ impl From<&LeftOut> for Shown {
             address: element(&left.address),
             why: left.why.to_string(),
             nodes: left.nodes.clone(),
+            is_meant: left.why == Why::AlwaysDirect,
         }
     }
 }
@@ -162,7 +166,9 @@ mod tests {
                     routes: [{node: edge2, addresses: [10.1.0.2, 'fd00::2']}]";
         let config: Config = daemon::config::parse(Path::new("x.yaml"), text).unwrap();
         let leads = Lead::all(&config);
-        let addresses = Addresses::new(&RouteTable::new(&config.routes), &cluster, &[]);
+        let addresses = Addresses::new(&RouteTable::new(&config.routes), &cluster, &[], |_, _| {
+            false
+        });
         let ruleset = Ruleset::new(Mark::DEFAULT, &leads, &addresses.led);
         let report = Report::new(&ruleset, &addresses, &cluster);
         let text = report.text();
