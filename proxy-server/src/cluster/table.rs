@@ -338,6 +338,14 @@ fn aim(asked: &Destination, other: Option<Host>) -> Destination {
     }
 }
 
+/// A node that is not at the edge. Asked for by name it is dialled at its address: names of nodes mean something to the
+/// cluster, and often nothing to a name server.
+fn beside_the_edge(node: &Node, asked: &Destination) -> Route {
+    let is_name = matches!(asked.host, Host::Name(_));
+    let address = node.addresses.first().filter(|_| is_name);
+    Route::Elsewhere(aim(asked, address.copied().map(Host::Ip)))
+}
+
 fn towards(
     node: &Node,
     asked: &Destination,
@@ -346,7 +354,7 @@ fn towards(
     known: impl Fn(&AgentName) -> bool,
 ) -> Route {
     if !node.is_edge(known) {
-        return Route::Elsewhere(asked.clone());
+        return beside_the_edge(node, asked);
     }
     Route::Edge {
         agent: node.agent.clone(),
@@ -367,7 +375,10 @@ fn one_of(
     // Rules are about nodes: the machine of the agent is meant before others that say they are served by it.
     let machine = edge().find(|node| node.agent.as_str() == node.name);
     let Some(first) = machine.or_else(|| edge().next()) else {
-        return Ok(Route::Elsewhere(asked.clone()));
+        return Ok(match claims {
+            [node] => beside_the_edge(node, asked),
+            _ => Route::Elsewhere(asked.clone()),
+        });
     };
     // One machine of a site has the address, and the site's agent finds it: nothing to mix up. By name each claimant
     // might be dialled at another address.

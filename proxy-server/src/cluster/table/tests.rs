@@ -127,6 +127,35 @@ fn route_in(table: &ClusterTable, to: &str) -> String {
 }
 
 #[test]
+fn a_node_that_is_not_at_the_edge_is_dialled_at_its_address_by_whatever_name() {
+    let nodes = [
+        (
+            "cloud1",
+            &[("InternalIP", "10.0.0.2"), ("Hostname", "cloud1.vpc")][..],
+        ),
+        ("bare", &[]),
+    ];
+    let nodes = nodes.map(|(name, addresses)| {
+        let node = node(name, json!({}), json!({}), addresses);
+        (
+            name.to_owned(),
+            Arc::new(trim(node, &Kubernetes::default()).unwrap()),
+        )
+    });
+    let table = ClusterTable::new(nodes.into());
+    for (to, wanted) in [
+        ("cloud1:10250", "10.0.0.2:10250"),
+        ("cloud1.vpc:9100", "10.0.0.2:9100"),
+        ("10.0.0.2:1", "10.0.0.2:1"),
+        ("bare:10250", "bare:10250"),
+    ] {
+        let route = table.route(&to.parse().unwrap(), Elsewhere::Direct, |_| false);
+        let wanted = Route::Elsewhere(wanted.parse().unwrap());
+        assert_eq!(route.unwrap().unwrap(), wanted, "{to}");
+    }
+}
+
+#[test]
 fn names_and_addresses_lead_to_their_node() {
     for (to, wanted) in [
         ("edge1", "edge1/edge1"),
