@@ -14,6 +14,7 @@ use tokio::time::Instant;
 mod dials;
 mod hindrance;
 mod host;
+mod line;
 
 use host::{
     CHECKED, EDGES, Held, NOT_OURS, beside_an_apiserver, edge, kubernetes, node, run, run_with,
