@@ -42,7 +42,7 @@ use account::Account;
 pub use control_plane::{ADDRESS_TYPES, Egress};
 use control_plane::{ControlPlane, PUBLIC};
 use deployed::CLOUD;
-pub use deployed::{Deployed, LATE, Prober, Probes, WORKLOADS};
+pub use deployed::{Deployed, LATE, LINES, Prober, Probes, WORKLOADS};
 pub use dns::CoreDns;
 pub use kubectl::Kubectl;
 use node::{EDGE, Node};

@@ -23,8 +23,10 @@ use super::{Cluster, Kubectl, NODES, image, pods, tails, tools};
 use crate::net::{Host, Net};
 use crate::process::{self, Process, Spawn};
 
+mod line;
 mod prober;
 
+pub use line::LINES;
 pub use prober::{Prober, Probes};
 
 /// The host of the control plane, which is a node too.

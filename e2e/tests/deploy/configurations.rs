@@ -297,7 +297,7 @@ fn what_is_written_is_on_a_volume() {
 /// Where overlays differ they must; everything else in the agents' configuration is one text.
 #[test]
 fn nothing_is_to_be_edited_but_where_the_servers_are() {
-    for name in ["default", "egress", "dns", "host-network"] {
+    for name in ["default", "dedicated-line", "egress", "dns", "host-network"] {
         let overlay = Overlay::build(name).unwrap();
         let map = overlay.object("ConfigMap", "edge-agent").unwrap();
         let text = text(map, "/data/edge-agent.yaml");

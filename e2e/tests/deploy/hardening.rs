@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::each_overlay;
 
 /// Containers that run as root, and why nothing less will do.
-const ROOT: [(&str, &str, &str); 4] = [
+const ROOT: [(&str, &str, &str); 5] = [
     (
         "default",
         "proxy-server-control-plane/redirect",
@@ -23,6 +23,11 @@ const ROOT: [(&str, &str, &str); 4] = [
         "egress",
         "proxy-server-control-plane/proxy-server",
         "its sockets are root's, as kube-apiserver is",
+    ),
+    (
+        "dedicated-line",
+        "proxy-server-control-plane/proxy-server",
+        "as egress",
     ),
 ];
 

@@ -1,6 +1,7 @@
 //! Corvid by its own manifests: `kubectl apply -k`, its pods come up, kubectl reaches the edge through them, and goes on doing so
 //! whatever is replaced, killed or renewed meanwhile.
 
+mod line;
 mod throughout;
 
 use std::time::Duration;
@@ -36,6 +37,7 @@ fn corvid_by_its_manifests_serves_kubectl_whatever_happens_to_it() {
         matrix(&mut steps, &cluster);
         throughout::everything_is_replaced(&mut steps, &mut cluster);
         by_egress(&mut steps, &mut cluster);
+        line::beside_the_tunnel(&mut steps, &mut cluster);
     }
     steps.finish();
 }
