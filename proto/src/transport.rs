@@ -95,7 +95,9 @@ pub struct SessionStats {
     pub sent: u64,
     /// Bytes received on the wire.
     pub received: u64,
-    /// Packets found lost.
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Packets sent that were found lost.
     pub lost_packets: u64,
     /// Largest datagram the path takes; 0 where the transport has none.
     pub mtu: u16,

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use certs::{Clock, HandshakeFailure, Name, Peer, Revocations, Role};
 use daemon::Tasks;
+use parking_lot::Mutex;
 use proto::control::{Control, ControlError, GoAway, Liveness};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Endpoint, Incoming, QuicSession};
@@ -26,12 +27,12 @@ use proto::transport::{Session, SessionError};
 use proto::wire::{Limits as StreamLimits, ServerOffer};
 use proto::{AgentName, Reason, SessionId};
 use tokio::sync::{OwnedSemaphorePermit, watch};
-use tokio::time::{interval, sleep, timeout};
+use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Standing, Verdict};
 use crate::limits::{Knock, Limits, Side};
-use crate::registry::{Doubt, LiveSession, Lost, Rank};
+use crate::registry::{Doubt, LiveSession, Loss, Lost, Rank};
 use crate::serve::Forwarder;
 
 /// A session may outlive its leaf by this: the agent opens one with the new leaf long before.
@@ -133,6 +134,7 @@ impl Backend {
                     probed: AtomicBool::new(false),
                     doubt: Doubt::default(),
                     streams: AtomicUsize::new(0),
+                    loss: Mutex::new(Loss::new(Instant::now())),
                     transport,
                 };
                 Some((Arc::new(session), (control, peer)))

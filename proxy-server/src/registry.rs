@@ -6,6 +6,7 @@
 //! Other servers are told of what changes: [`Registry::tell`].
 
 mod changes;
+mod loss;
 mod rank;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -15,6 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use certs::NodeUid;
 pub use changes::Place;
+pub use loss::Loss;
 use parking_lot::Mutex;
 use proto::control::{ControlHandle, GoAway, Liveness};
 use proto::transport::Session;
@@ -23,6 +25,7 @@ use proto::wire::{AgentState, Departure, Draft};
 use proto::{AgentName, Reason, SessionId};
 pub use rank::{Doubt, Rank};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// One live session and what is known of it.
 #[derive(Debug)]
@@ -53,6 +56,8 @@ pub struct LiveSession<S> {
     pub doubt: Doubt,
     /// Open streams.
     pub streams: AtomicUsize,
+    /// What was lost of late.
+    pub loss: Mutex<Loss>,
 }
 
 impl<S: Session> LiveSession<S> {
@@ -65,6 +70,11 @@ impl<S: Session> LiveSession<S> {
     pub fn go_away(&self, away: GoAway) {
         self.going.store(true, Ordering::Relaxed);
         self.control.go_away(away);
+    }
+
+    /// Goes on counting what is lost, from now on of what is later.
+    pub fn look(&self, now: Instant) {
+        self.loss.lock().look(now, &self.transport.stats());
     }
 
     /// How good it is for the next stream.

@@ -210,6 +210,7 @@ impl Session for QuicSession {
             rtt: stats.path.rtt,
             sent: stats.udp_tx.bytes,
             received: stats.udp_rx.bytes,
+            sent_packets: stats.path.sent_packets,
             lost_packets: stats.path.lost_packets,
             mtu: stats.path.current_mtu,
         }

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use proto::SessionId;
 use proto::control::{Control, Liveness};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::memory::{self, MemorySession};
 use proto::wire::{Limits, Offer};
+use tokio::time::Instant;
 
-use super::{Doubt, LiveSession};
+use super::{Doubt, LiveSession, Loss};
 
 /// A session of that agent, and its far end.
 pub(crate) async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, MemorySession) {
@@ -46,6 +48,7 @@ pub(crate) async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, Memor
         probed: AtomicBool::new(false),
         doubt: Doubt::default(),
         streams: AtomicUsize::new(0),
+        loss: Mutex::new(Loss::new(Instant::now())),
     };
     (Arc::new(session), client)
 }
