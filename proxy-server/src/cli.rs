@@ -41,8 +41,8 @@ enum Command {
     Run(ConfigArgs),
     /// Read and check the configuration, say what is wrong with it, and exit with 0 or 64.
     CheckConfig(ConfigArgs),
-    /// Show the sessions of the server that runs here, with agents and with other servers, and how fresh its knowledge of
-    /// the cluster is.
+    /// Show the sessions of the server that runs here, with agents and with other servers, how fresh its knowledge of the
+    /// cluster is, and, where there are lines, which way each node is reached.
     Status(StatusArgs),
     /// Ask the server that runs here whether it is alive or ready; exit with 0 or 1 and say what is missing.
     ///
@@ -54,6 +54,9 @@ enum Command {
         socket: SocketArgs,
     },
     /// Show the nodes that are known, who serves each, and whether it is reached through a session.
+    ///
+    /// Where there are lines, also which way each takes now and since when, round trip and loss of the line (of its last
+    /// dials, 32 at most) and of the tunnel (of the packets of the last minutes), and what decides. `explain` tells more of one.
     Nodes(StatusArgs),
     /// Show the other proxy-servers: where each is, whether there is a session with it or why not, and how many agents it has
     /// announced.

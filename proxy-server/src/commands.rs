@@ -302,7 +302,9 @@ pub fn status(socket: &Path, json: bool) -> anyhow::Result<String> {
     }
     let cluster: ClusterStatus = ask(socket, "/cluster")?;
     let peers: Vec<PeerStatus> = ask(socket, "/peers")?;
+    let nodes: Vec<NodeStatus> = ask(socket, "/nodes")?;
     let mut shown = cluster.lines() + &status::table(&sessions);
+    shown.push_str(&paths(&nodes));
     if !peers.is_empty() {
         shown.push('\n');
         shown.push_str(&status::peer_table(&peers));
@@ -343,7 +345,13 @@ pub fn nodes(socket: &Path, json: bool) -> anyhow::Result<String> {
     if json {
         return Ok(serde_json::to_string_pretty(&nodes)?);
     }
-    Ok(status::node_table(&nodes))
+    Ok(status::node_table(&nodes) + &paths(&nodes))
+}
+
+/// How nodes are reached, behind an empty line; nothing where they have the tunnel alone.
+fn paths(nodes: &[NodeStatus]) -> String {
+    let table = status::path_table(nodes).map(|table| format!("\n{table}"));
+    table.unwrap_or_default()
 }
 
 /// `explain`

@@ -2,7 +2,8 @@
 //!
 //! For each request that is routed to the edge [`Paths`] says how its node is reached: what is said of it, who else has
 //! its address, and what the operator says go into [`policy`]. `dial.rs` then dials, and `serve/line.rs` has the tunnel
-//! beside it. Whether lines work is what probes (`probe.rs`) and requests have shown (`health.rs`).
+//! beside it. Whether lines work is what probes (`probe.rs`) and requests have shown (`health.rs`); which way that makes each
+//! node take is told to people (`used.rs`).
 
 pub(crate) mod dial;
 pub mod direct;
@@ -11,6 +12,7 @@ pub mod policy;
 pub(crate) mod probe;
 pub(crate) mod schedule;
 pub(crate) mod silence;
+pub(crate) mod used;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
@@ -23,12 +25,13 @@ use dial::Failed;
 use health::{Down, Evidence, Health, Switch};
 use parking_lot::Mutex;
 use policy::{Bypass, Claimant, Decided, Decision, Policy, Subject};
-use probe::Target;
+use probe::{Found, Target};
 use proto::wire::PodPort;
 use proto::{Destination, Host};
 use schedule::Key;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use used::{Change, Use, Used};
 
 use crate::cluster::ClusterTable;
 use crate::config::{Config, PathSettings};
@@ -47,6 +50,10 @@ pub struct Paths {
     /// Who is to be looked at at once; targets only.
     suspects: Mutex<BTreeSet<Key>>,
     suspected: Notify,
+    /// Which way each node is reached; locked after `health`.
+    used: Mutex<Used>,
+    /// There may be a change to be told of.
+    turned: Notify,
     /// The connections of ours by lines.
     dialled: Arc<Mutex<HashMap<Ends, usize>>>,
 }
@@ -202,12 +209,67 @@ impl Paths {
         self.targets.store(Arc::new(targets));
     }
 
+    /// Nodes at the edge, as they are reached from now on.
+    fn uses(&self, now: Instant, found: Vec<Found>) {
+        let health = self.health.lock();
+        let all = found.into_iter().map(|Found { name, decided, .. }| {
+            let why = decided.why();
+            (name, decided.decision, why)
+        });
+        let down = |line: &_, node: &_| health.is_down(line, node);
+        let changes = self.used.lock().keep(now, all, down);
+        drop(health);
+        if !changes.is_empty() {
+            self.turned.notify_one();
+        }
+        for Change {
+            node,
+            from,
+            to,
+            why,
+        } in changes
+        {
+            let (from, to) = (from.words(true), to.words(true));
+            tracing::info!(node, from, to, why, "path changed");
+        }
+    }
+
+    /// Which way that node is reached, after such a decision.
+    pub(crate) fn in_use(&self, node: &str, decision: &Decision) -> Use {
+        Use::of(decision, |line| self.is_down(line, node))
+    }
+
+    /// Since when that way is taken to the node, as far as is known.
+    pub(crate) fn since(&self, node: &str, way: &Use) -> Option<Instant> {
+        self.used.lock().since(node, way)
+    }
+
+    /// Waits for a node whose way has changed since it was last told of. Cancel-safe.
+    pub(crate) async fn turned(&self) -> Change {
+        loop {
+            let next = self.used.lock().next();
+            if let Some(change) = next {
+                return change;
+            }
+            self.turned.notified().await;
+        }
+    }
+
     /// Whether it is bad, and the first that is.
     fn heard(&self, key: &Key, evidence: Evidence) -> bool {
         let Key { line, node } = key;
         let mut health = self.health.lock();
         let was_well = health.is_well(line, node);
-        let switches = health.heard(Instant::now(), line, node, evidence);
+        let now = Instant::now();
+        let switches = health.heard(now, line, node, evidence);
+        for switch in &switches {
+            let only = switch.node.as_deref();
+            let down = |line: &_, node: &_| health.is_down(line, node);
+            let changes = self.used.lock().judge(now, only, down);
+            if !changes.is_empty() {
+                self.turned.notify_one();
+            }
+        }
         drop(health);
         for switch in switches {
             self.metrics.switched(line, &switch);

@@ -3,13 +3,16 @@
 
 mod explain;
 mod nodes;
+mod paths;
 mod peers;
 
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 pub use explain::{Explained, HealthStatus, LineStatus, RuleStatus, explain, lines as explained};
 pub use nodes::{ClusterStatus, DnsStatus, NodeStatus, cluster, nodes, table as node_table};
+pub use paths::{LinePath, PathStatus, TunnelPath, table as path_table};
 pub use peers::{PeerStatus, peers, table as peer_table};
 use proto::transport::Session;
 use serde::{Deserialize, Serialize};
@@ -31,6 +34,8 @@ pub struct SessionStatus {
     pub transport: String,
     /// Round trip, milliseconds.
     pub rtt_ms: f64,
+    /// The part of the packets sent of late that was lost, 0 to 1; none as long as too few were sent.
+    pub loss: Option<f64>,
     /// Open streams.
     pub streams: usize,
     /// Bytes received on the wire.
@@ -56,7 +61,8 @@ impl SessionStatus {
             session: session.id.to_string(),
             remote: session.transport.remote_address().to_string(),
             transport: session.kind.to_owned(),
-            rtt_ms: (stats.rtt.as_secs_f64() * 1e5).round() / 100.0,
+            rtt_ms: ms(stats.rtt),
+            loss: session.loss.lock().part(&stats),
             streams: session.streams.load(Ordering::Relaxed),
             bytes_in: stats.received,
             bytes_out: stats.sent,
@@ -141,6 +147,11 @@ fn rows<const N: usize>(header: [&str; N], rest: impl Iterator<Item = [String; N
     out
 }
 
+/// Milliseconds, to the hundredth.
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e5).round() / 100.0
+}
+
 const fn yes(is: bool) -> &'static str {
     if is { "yes" } else { "no" }
 }
@@ -170,6 +181,7 @@ mod tests {
             remote: "198.51.100.2:4000".into(),
             transport: "quic".into(),
             rtt_ms: 1.25,
+            loss: None,
             streams: 3,
             bytes_in: 5 << 20,
             bytes_out: 12,

@@ -229,6 +229,47 @@ pub struct Decided {
     pub rules: [(Rule, Finding); 5],
 }
 
+impl Decided {
+    /// In a sentence: why no line is taken where one would be, else the rule that has decided.
+    #[must_use]
+    pub fn why(&self) -> String {
+        if let Some(unfit) = &self.unfit {
+            return unfit.to_string();
+        }
+        let mut rules = self.rules.iter();
+        let decides = rules.find_map(|(rule, finding)| match finding {
+            Finding::Decides(mode) => Some(format!("{}: {mode}", rule.label())),
+            Finding::Nothing
+            | Finding::NotBelieved(_)
+            | Finding::Unknown(_)
+            | Finding::NotReached => None,
+        });
+        decides.unwrap_or_default()
+    }
+}
+
+impl Decision {
+    /// As it is written: `tunnel`, `direct`, `auto` or `refused`.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::Direct(_) => "direct",
+            Self::Auto(_) => "auto",
+            Self::Refused => "refused",
+        }
+    }
+
+    /// The way past the tunnel.
+    #[must_use]
+    pub const fn bypass(&self) -> Option<&Bypass> {
+        match self {
+            Self::Direct(bypass) | Self::Auto(bypass) => Some(bypass),
+            Self::Tunnel | Self::Refused => None,
+        }
+    }
+}
+
 /// The line that has an address.
 #[derive(Debug, Clone, Copy)]
 enum Best<'a> {

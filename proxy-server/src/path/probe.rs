@@ -10,7 +10,7 @@
 //! | nothing within `path.probes.timeout`, no route, the line's interface or address is not there | bad |
 //! | what this server lacks (descriptors), what is never dialled | nothing |
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::dial::Failed;
 use super::health::Evidence;
-use super::policy::{Bypass, Decision};
+use super::policy::{Bypass, Decided};
 use super::schedule::{Key, Schedule};
 use crate::path::{Known, Meant};
 use crate::serve::Forwarder;
@@ -44,8 +44,25 @@ pub(crate) struct Target {
     pub(crate) port: u16,
 }
 
-/// Every node that is reached by a line, always or while it works.
-pub(crate) fn targets(forwarder: &Forwarder) -> HashMap<Key, Target> {
+/// A node at the edge, and how it is reached.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) name: String,
+    /// The kubelet's.
+    port: u16,
+    pub(crate) decided: Decided,
+}
+
+impl Found {
+    /// Whom to dial, if it is reached by a line, always or while that works.
+    fn target(&self) -> Option<(Key, Target)> {
+        let (bypass, port) = (self.decided.decision.bypass()?.clone(), self.port);
+        Some((Key::new(&bypass, &self.name), Target { bypass, port }))
+    }
+}
+
+/// Every node at the edge.
+fn find(forwarder: &Forwarder) -> Vec<Found> {
     let (routes, cluster) = (
         forwarder.routing.table.load(),
         forwarder.routing.cluster.table(),
@@ -53,9 +70,11 @@ pub(crate) fn targets(forwarder: &Forwarder) -> HashMap<Key, Target> {
     let configured = routes.nodes().map(|(node, _agent)| node);
     let known = |agent: &_| forwarder.knows(agent);
     let of_cluster = cluster.nodes().values().filter(|node| node.is_edge(known));
-    let names = configured.chain(of_cluster.map(|node| node.name.as_str()));
-    let mut targets = HashMap::new();
-    for name in names {
+    // Those of the configuration may be in the cluster, too.
+    let names: BTreeSet<_> = configured
+        .chain(of_cluster.map(|node| node.name.as_str()))
+        .collect();
+    let find = |name: &str| {
         let node = cluster.nodes().get(name);
         let port = node.map_or(crate::cluster::nodes::KUBELET_PORT, |node| {
             node.kubelet_port
@@ -74,13 +93,13 @@ pub(crate) fn targets(forwarder: &Forwarder) -> HashMap<Key, Target> {
             cluster: &cluster,
             servers: &|ip| forwarder.leads_here(ip),
         };
-        let decided = forwarder.paths.decide(known, meant);
-        if let Decision::Direct(bypass) | Decision::Auto(bypass) = decided.decision {
-            let key = Key::new(&bypass, name);
-            targets.insert(key, Target { bypass, port });
+        Found {
+            name: name.to_owned(),
+            port,
+            decided: forwarder.paths.decide(known, meant),
         }
-    }
-    targets
+    };
+    names.into_iter().map(find).collect()
 }
 
 /// What a dial that took so long shows of the node, and so of the line.
@@ -145,9 +164,14 @@ pub(crate) async fn run(forwarder: Arc<Forwarder>) -> Infallible {
 
 fn keep(forwarder: &Forwarder, schedule: &mut Schedule) {
     let (now, interval) = (Instant::now(), forwarder.paths.settings.probes.interval);
-    let targets = targets(forwarder);
+    let found = find(forwarder);
+    let targets: HashMap<_, _> = found.iter().filter_map(Found::target).collect();
     schedule.keep(now, targets.keys().cloned(), interval, rand::random);
     forwarder.paths.keep(now, targets);
+    // What the cluster says is not all there yet: of a node of the configuration it may say more.
+    if !forwarder.routing.cluster.is_waiting() {
+        forwarder.paths.uses(now, found);
+    }
 }
 
 /// One dial, and what follows. Tells whether it is the first bad one.

@@ -1,16 +1,16 @@
 //! Where a destination leads now, by what way and why: every rule that was looked at, and the figures behind it.
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
 use proto::Destination;
 use serde::{Deserialize, Serialize};
 
-use super::SessionStatus;
+use super::{SessionStatus, ms};
 use crate::config::Elsewhere;
 use crate::path::Meant;
 use crate::path::health::{Down, Figures};
 use crate::path::policy::{Bypass, Decision, Finding, Rule, Unfit};
+use crate::path::used::Use;
 use crate::route::Route;
 use crate::serve::Forwarder;
 
@@ -122,9 +122,9 @@ pub fn explain(forwarder: &Forwarder, server: &str, destination: &Destination) -
             told.servers = servers.map(|server| server.to_string()).collect();
             told.rules = decided.rules.iter().map(RuleStatus::new).collect();
             told.unfit = decided.unfit.as_ref().map(Unfit::to_string);
-            told.path = Some(label(&decided.decision).to_owned());
+            told.path = Some(decided.decision.label().to_owned());
             told.next = next(forwarder, &decided.decision, &node);
-            if let Decision::Direct(bypass) | Decision::Auto(bypass) = &decided.decision {
+            if let Some(bypass) = decided.decision.bypass() {
                 told.line = Some(LineStatus::new(forwarder, bypass, &node));
             }
             told.dialled = Some(to.to_string());
@@ -134,38 +134,22 @@ pub fn explain(forwarder: &Forwarder, server: &str, destination: &Destination) -
     told
 }
 
-const fn label(decision: &Decision) -> &'static str {
-    match decision {
-        Decision::Tunnel => "tunnel",
-        Decision::Direct(_) => "direct",
-        Decision::Auto(_) => "auto",
-        Decision::Refused => "refused",
-    }
-}
-
 fn next(forwarder: &Forwarder, decision: &Decision, node: &str) -> String {
     let paths = &forwarder.paths;
-    match decision {
-        Decision::Tunnel => "goes through the tunnel".to_owned(),
-        Decision::Refused => "is refused: only a line would do, and none may be taken".to_owned(),
-        Decision::Direct(bypass) => {
-            format!("goes by line {}, and nothing else", bypass.line.name)
-        }
-        Decision::Auto(bypass) => {
-            let line = &bypass.line.name;
-            match paths.is_down(line, node) {
-                None => format!(
-                    "goes by line {line}, with the tunnel beside it after {}",
-                    humantime::format_duration(paths.settings.race_after)
-                ),
-                Some(Down::Line) => format!(
-                    "goes through the tunnel, as line {line} is down; by the line if there is no session"
-                ),
-                Some(Down::Node) => format!(
-                    "goes through the tunnel, as the node is down on line {line}; by the line if there is no session"
-                ),
-            }
-        }
+    match paths.in_use(node, decision) {
+        Use::Tunnel => "goes through the tunnel".to_owned(),
+        Use::Nothing => "is refused: only a line would do, and none may be taken".to_owned(),
+        Use::Line(line) if matches!(decision, Decision::Auto(_)) => format!(
+            "goes by line {line}, with the tunnel beside it after {}",
+            humantime::format_duration(paths.settings.race_after)
+        ),
+        Use::Line(line) | Use::Alone(line, _) => format!("goes by line {line}, and nothing else"),
+        Use::Instead(line, Down::Line) => format!(
+            "goes through the tunnel, as line {line} is down; by the line if there is no session"
+        ),
+        Use::Instead(line, Down::Node) => format!(
+            "goes through the tunnel, as the node is down on line {line}; by the line if there is no session"
+        ),
     }
 }
 
@@ -195,8 +179,7 @@ impl LineStatus {
 }
 
 impl HealthStatus {
-    fn new(figures: Figures) -> Self {
-        let ms = |rtt: Duration| (rtt.as_secs_f64() * 1e5).round() / 100.0;
+    pub(super) fn new(figures: Figures) -> Self {
         Self {
             up: figures.is_up,
             since_s: figures.since.elapsed().as_secs(),
@@ -204,6 +187,11 @@ impl HealthStatus {
             loss: figures.loss,
         }
     }
+}
+
+fn lost(loss: Option<f64>) -> String {
+    let part = loss.map(|loss| format!(", {:.0} % lost", loss * 100.0));
+    part.unwrap_or_default()
 }
 
 const fn state(is_up: bool) -> &'static str {
@@ -253,7 +241,7 @@ fn sessions(told: &Explained) -> String {
     let here = told
         .sessions
         .iter()
-        .map(|it| format!("here ({} ms)", it.rtt_ms));
+        .map(|it| format!("here ({} ms{})", it.rtt_ms, lost(it.loss)));
     let there = told.servers.iter().map(|server| format!("at {server}"));
     let all: Vec<_> = here.chain(there).collect();
     if all.is_empty() {
@@ -283,11 +271,7 @@ impl LineStatus {
 impl HealthStatus {
     fn words(&self) -> String {
         let rtt = self.rtt_ms.map(|rtt| format!(", {rtt} ms"));
-        let loss = self
-            .loss
-            .map(|loss| format!(", {:.0} % lost", loss * 100.0));
-        let (state, since) = (state(self.up), self.since_s);
-        let more = [rtt, loss].into_iter().flatten().collect::<String>();
-        format!("{state} on it for {since} s{more}")
+        let (state, since, rtt) = (state(self.up), self.since_s, rtt.unwrap_or_default());
+        format!("{state} on it for {since} s{rtt}{}", lost(self.loss))
     }
 }

@@ -6,12 +6,12 @@ use std::fmt::Write as _;
 use proto::AgentName;
 use serde::{Deserialize, Serialize};
 
-use super::{rows, yes};
+use super::{PathStatus, rows, yes};
 use crate::cluster::dns::Published;
 use crate::serve::Forwarder;
 
 /// One node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NodeStatus {
     /// Its name.
     pub node: String,
@@ -37,6 +37,8 @@ pub struct NodeStatus {
     pub session: bool,
     /// Other servers where it has one.
     pub servers: Vec<String>,
+    /// How it is reached; none where lines are not thought of at all, and of nodes that are not at the edge.
+    pub path: Option<PathStatus>,
     /// Who says that there is such a node: `configuration`, `cluster` or `agent`.
     pub source: String,
 }
@@ -119,6 +121,7 @@ pub fn nodes(forwarder: &Forwarder) -> Vec<NodeStatus> {
             ready: Some(node.ready),
             session: sessions(&node.agent).is_any(),
             servers: sessions(&node.agent).servers,
+            path: None,
             source: "cluster".to_owned(),
         };
         all.insert(name.clone(), status);
@@ -140,7 +143,13 @@ pub fn nodes(forwarder: &Forwarder) -> Vec<NodeStatus> {
         };
         all.insert(name.to_owned(), status);
     }
-    all.into_values().collect()
+    let mut all: Vec<_> = all.into_values().collect();
+    if !forwarder.paths.is_idle() {
+        for node in all.iter_mut().filter(|node| node.edge) {
+            node.path = Some(PathStatus::new(forwarder, node));
+        }
+    }
+    all
 }
 
 /// Where an agent has sessions.
@@ -169,6 +178,7 @@ fn outside(name: &str, agent: &AgentName, sessions: Sessions, source: &str) -> N
         ready: None,
         session: sessions.is_any(),
         servers: sessions.servers,
+        path: None,
         source: source.to_owned(),
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Targets are node names, which the same listener serves as a proxy, so two nodes with one address are told apart.
 //! `node`, `pool` and `region` become labels of the series. Whether a node is ready or has a session changes all the time
-//! and would begin a new series each time: these are `__meta_corvid_*`, there for relabelling.
+//! and would begin a new series each time, as does the way it is reached: these are `__meta_corvid_*`, there for
+//! relabelling.
 
 use std::collections::BTreeMap;
 
@@ -76,9 +77,17 @@ fn groups(nodes: &[NodeStatus], job: &str) -> Option<Vec<Group>> {
             ("__meta_corvid_session", node.session.to_string()),
             ("node", node.node.clone()),
         ]);
+        let path = node.path.as_ref();
+        let tunnel = || "tunnel".to_owned();
+        let mode = path.map_or_else(tunnel, |path| path.mode.clone());
+        labels.insert("__meta_corvid_path", mode);
+        let in_use = path.map(|path| path.in_use.clone());
+        let line = path.and_then(|path| Some(path.line.as_ref()?.name.clone()));
         // An empty label is as none to Prometheus.
         let ready = node.ready.map(|ready| ready.to_string());
         for (label, value) in [
+            ("__meta_corvid_path_in_use", &in_use),
+            ("__meta_corvid_line", &line),
             ("__meta_corvid_ready", &ready),
             ("pool", &node.pool),
             ("region", &node.region),
