@@ -120,7 +120,7 @@ impl ClusterMetrics {
 /// Labels of a write to the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct WriteLabels {
-    /// `ok`, `conflict`, `missing`, `refused`, `unavailable`, `no_service`, `headless_service` or `too_large`.
+    /// `ok`, `conflict`, `missing`, `refused`, `unavailable`; of the DNS map also `no_service`, `headless_service` or `too_large`.
     pub result: &'static str,
 }
 
@@ -153,6 +153,24 @@ impl DnsMetrics {
             "Since the leader last saw the DNS map as it should be, -1 if it has not and on servers that do not lead",
             Unit::Seconds,
             self.age.clone(),
+        );
+    }
+}
+
+/// Events on Nodes; registered only where any are told.
+#[derive(Debug, Clone, Default)]
+pub struct EventMetrics {
+    /// Events, told or not.
+    pub told: Family<WriteLabels, Counter>,
+}
+
+impl EventMetrics {
+    /// Registers them.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "node_events",
+            "Events on Nodes whose path has changed: ok, or why kube-apiserver did not take them",
+            self.told.clone(),
         );
     }
 }
@@ -272,6 +290,15 @@ pub struct OnLineLabels {
     pub line: String,
     /// `up` or `down`.
     pub state: &'static str,
+}
+
+/// Labels of a way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WayLabels {
+    /// tunnel, peer or direct.
+    pub path: &'static str,
+    /// The line, where it is dialled by one.
+    pub line: String,
 }
 
 /// What happens past the tunnel; registered only where a node may be reached so.
@@ -405,8 +432,8 @@ pub struct Metrics {
     pub streams_open: Gauge,
     /// Bytes relayed.
     pub bytes: Family<DirectionLabels, Counter>,
-    /// From the request to the destination's answer.
-    pub dial: Histogram,
+    /// From the request to the destination's answer: until its stream is open.
+    pub dial: Family<WayLabels, Histogram, fn() -> Histogram>,
     /// Sessions now.
     pub sessions: Gauge,
     /// Ended sessions.
@@ -435,7 +462,7 @@ impl Metrics {
             streams: Family::default(),
             streams_open: Gauge::default(),
             bytes: Family::default(),
-            dial: dial_seconds(),
+            dial: Family::new_with_constructor(dial_seconds),
             sessions: Gauge::default(),
             sessions_ended: Family::default(),
             sessions_refused: Family::default(),
@@ -446,6 +473,12 @@ impl Metrics {
             reloads: Family::default(),
             held: Gauge::default(),
         };
+        // There before anybody asks for anything, as what counts nothing yet is.
+        let tunnel = WayLabels {
+            path: Path::Tunnel.label(),
+            line: String::new(),
+        };
+        drop(metrics.dial.get_or_create(&tunnel));
         daemon.register(|registry| metrics.register(registry));
         Arc::new(metrics)
     }
@@ -469,7 +502,7 @@ impl Metrics {
         );
         registry.register_with_unit(
             "dial",
-            "From a request to the destination's answer",
+            "From a request to the destination's answer, by the way that it took and the line, where it was dialled by one",
             Unit::Seconds,
             self.dial.clone(),
         );
@@ -535,6 +568,15 @@ impl Metrics {
             reason: OutcomeLabel(outcome),
         };
         self.streams.get_or_create(&labels).inc();
+    }
+
+    /// A stream is open.
+    pub(crate) fn opened(&self, path: Path, line: Option<&str>, took: Duration) {
+        let labels = WayLabels {
+            path: path.label(),
+            line: line.unwrap_or_default().to_owned(),
+        };
+        self.dial.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// Counts bytes.

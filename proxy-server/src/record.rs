@@ -130,9 +130,8 @@ impl StreamRecord {
     /// The destination answered.
     pub fn answered(&mut self) {
         self.answered = Some(Instant::now());
-        self.metrics
-            .dial
-            .observe(self.started.elapsed().as_secs_f64());
+        let line = self.line.as_ref().map(|line| line.name.as_str());
+        self.metrics.opened(self.path, line, self.started.elapsed());
     }
 
     /// How it ended; `sentence` is what the requester was told, if anything.
