@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::authority::Authority;
 use crate::backend::{Backend, stream_limits};
 use crate::cluster::{
-    Cluster, Publisher, Questions, Source as ClusterSource, Standing, Tokens, Vault, Watch,
+    Cluster, Events, Publisher, Questions, Source as ClusterSource, Standing, Tokens, Vault, Watch,
 };
 use crate::config::{Config, Mark};
 use crate::enrolment::Enrolment;
@@ -92,6 +92,7 @@ pub struct Bound {
     enrolment: Arc<Enrolment>,
     watch: Option<Watch>,
     publisher: Option<Publisher>,
+    events: Option<Events>,
     peering: Option<Peering>,
     standing: Option<Arc<Standing>>,
     vault: Option<Vault>,
@@ -272,10 +273,14 @@ impl App {
             .chain(frontends.iter().filter_map(Listen::tcp))
             .chain(ground.observe.tcp())
             .collect();
-        let (mut watch, mut publisher) = (None, None);
+        let (mut watch, mut publisher, mut events) = (None, None, None);
         if let (Some(settings), Some(source)) = (&config.kubernetes, source_of_cluster) {
             source.check(&own).context("kubernetes")?;
             publisher = Publisher::new(&config.name, &forwarder, &source, settings);
+            if !forwarder.paths.is_idle() {
+                let told = Events::new(&config.name, &forwarder, &source, daemon_metrics);
+                events = Some(told);
+            }
             watch = Some(Watch {
                 cluster: Arc::clone(&forwarder.routing.cluster),
                 source,
@@ -316,6 +321,7 @@ impl App {
             enrolment: Arc::new(enrolment),
             watch,
             publisher,
+            events,
             peering,
             standing,
             vault,
@@ -416,6 +422,9 @@ impl Bound {
         }
         if let Some(publisher) = self.publisher {
             writes.critical("dns", publisher.run(writes.stopping()));
+        }
+        if let Some(events) = self.events {
+            for_ever(&service, "events", events.run());
         }
         if let Some(standing) = self.standing {
             let registry = forwarder.registry.clone();
@@ -557,6 +566,9 @@ async fn gauges(forwarder: Arc<Forwarder>) -> Infallible {
         forwarder.metrics.held.set(held);
         forwarder.routing.cluster.export();
         forwarder.peers.export();
+        for session in forwarder.registry.all() {
+            session.look(Instant::now());
+        }
         if !forwarder.paths.is_idle() {
             forwarder.paths.export();
         }

@@ -21,12 +21,13 @@
 //!
 //! Nothing waits for the first sync: kube-apiserver may need this server to get up itself (docs/adr/0006). Connections
 //! to kube-apiserver are dialled straight to the address that it has been given, past every proxy setting, so they never
-//! come back to our own frontends. Nothing about nodes is written to the disk, and to the cluster one ConfigMap ([`dns`]) by one
-//! server at a time ([`lease`]), where `kubernetes.dns` says so.
+//! come back to our own frontends. Nothing about nodes is written to the disk; to the cluster one ConfigMap ([`dns`]) by one
+//! server at a time ([`lease`]), where `kubernetes.dns` says so, and, where nodes may be reached by lines, Events (`events.rs`).
 
 mod ask;
 mod client;
 pub mod dns;
+mod events;
 mod follow;
 pub mod lease;
 mod members;
@@ -50,6 +51,7 @@ use arc_swap::ArcSwap;
 pub(crate) use client::{ClientError, Source};
 use dns::Published;
 pub(crate) use dns::Publisher;
+pub(crate) use events::Events;
 pub(crate) use members::Endpoints;
 use nodes::Nodes;
 use parking_lot::Mutex;
