@@ -51,7 +51,7 @@ pub use rbac::Grant;
 pub use running::Running;
 pub use scrapers::{Prometheus, aggregated_api};
 pub use steps::{Steps, report, until};
-pub use tunnel::{Programs, Session, Tunnel};
+pub use tunnel::{BY_LINE, Programs, Session, Tunnel};
 
 /// The nodes.
 pub const NODES: [&str; 2] = ["edge1", "edge2"];

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde::Deserialize;
 use serde_json::json;
+pub use server::BY_LINE;
 use server::{CONFIG, DIRECT, KONNECTIVITY, SOCKET, Server};
 
 use super::account::Account;

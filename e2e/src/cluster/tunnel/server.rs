@@ -26,6 +26,8 @@ pub(super) const KONNECTIVITY: &str = "konnectivity.sock";
 /// The configuration, there.
 pub(super) const CONFIG: &str = "proxy-server.yaml";
 
+/// A pool whose nodes are to be reached by a line alone; no node is in it until a test puts it there.
+pub const BY_LINE: &str = "by-line";
 /// Where kubelets listen, and connections meant for them are intercepted.
 const KUBELET: u16 = 10250;
 
@@ -147,6 +149,7 @@ fn config(dir: &Path) -> Value {
             "authority": {"refresh": "2s"},
             "pods": {},
             "services": {},
+            "pools": {BY_LINE: {"path": "direct"}},
         },
         "observe": {"listen": "127.0.0.1:9440"},
         "admin": {"listen": "127.0.0.1:9442", "socket": dir.join("admin.sock")},
