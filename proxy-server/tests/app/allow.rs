@@ -271,7 +271,9 @@ pub(crate) static LINES: LazyLock<Arc<Mutex<Vec<u8>>>> = LazyLock::new(|| {
         .json()
         .flatten_event(true)
         .with_writer(move || Sink(Arc::clone(&sink)));
-    let only = Targets::new().with_target("access", tracing::Level::INFO);
+    let only = Targets::new()
+        .with_target("access", tracing::Level::INFO)
+        .with_target("proxy_server::cluster::events", tracing::Level::INFO);
     let subscriber = tracing_subscriber::registry().with(json.with_filter(only));
     tracing::subscriber::set_global_default(subscriber).unwrap();
     lines

@@ -472,7 +472,7 @@ async fn nodes_are_shown_and_discovered() {
     assert_eq!(targets, ["edge1:10250", "edge2:10350", "press:10250"]);
     let wanted = json!({
         "__metrics_path__": "/metrics/cadvisor", "__scheme__": "https", "__meta_corvid_agent": "edge2", "__meta_corvid_session": "false",
-        "__meta_corvid_ready": "false", "node": "edge2", "pool": "hz", "region": "r1",
+        "__meta_corvid_ready": "false", "__meta_corvid_path": "tunnel", "node": "edge2", "pool": "hz", "region": "r1",
     });
     assert_eq!(groups[1]["labels"], wanted);
     stack.stop().await;

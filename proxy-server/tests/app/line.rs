@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use proxy_server::status::Explained;
-use serde_json::json;
+use serde_json::{Value, json};
 use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -120,7 +120,7 @@ pub(crate) async fn word(stream: &mut (impl AsyncReadExt + Unpin)) -> String {
 }
 
 /// Who answers there, or the status line.
-async fn who(stack: &Stack, to: &str) -> String {
+pub(crate) async fn who(stack: &Stack, to: &str) -> String {
     match within(stack.connect(to)).await {
         Ok(mut stream) => word(&mut stream).await,
         Err(line) => line,
@@ -128,7 +128,7 @@ async fn who(stack: &Stack, to: &str) -> String {
 }
 
 /// Waits until that one answers: a dial that was slow, or a probe that was lost, may lead another way for a while.
-async fn until_word(stack: &Stack, to: &str, wanted: &str) -> UnixStream {
+pub(crate) async fn until_word(stack: &Stack, to: &str, wanted: &str) -> UnixStream {
     let asked = async {
         loop {
             if let Ok(mut stream) = stack.connect(to).await
@@ -144,16 +144,16 @@ async fn until_word(stack: &Stack, to: &str, wanted: &str) -> UnixStream {
 }
 
 /// That a stream still carries bytes both ways.
-async fn carries(stream: &mut UnixStream) {
+pub(crate) async fn carries(stream: &mut UnixStream) {
     stream.write_all(b"still there").await.unwrap();
     let mut answer = [0; 11];
     within(stream.read_exact(&mut answer)).await.unwrap();
     assert_eq!(&answer, b"still there");
 }
 
-const LINE: &str = "lines: [{name: express, networks: [127.0.0.0/8]}]\n";
+pub(crate) const LINE: &str = "lines: [{name: express, networks: [127.0.0.0/8]}]\n";
 
-fn route(node: &str, address: &str) -> String {
+pub(crate) fn route(node: &str, address: &str) -> String {
     format!("{{node: {node}, addresses: [{address}]}}")
 }
 
@@ -450,13 +450,18 @@ async fn what_a_node_says_of_itself_leads_to_no_address_that_no_line_has() {
 }
 
 /// So that verdicts come within a test's patience.
-const QUICK: &str = "path: {stable: 1s, probes: {interval: 200ms, timeout: 150ms}}\n";
+pub(crate) const QUICK: &str = "path: {stable: 1s, probes: {interval: 200ms, timeout: 150ms}}\n";
 
-/// A node whose kubelet is at that port, on the line `express` at 127.0.0.9.
-fn probed(api: &Api, port: u16) -> Stack {
+/// A node whose kubelet is at that port.
+pub(crate) fn kubelet_at(port: u16) -> Value {
     let mut node = edge("edge1", &["192.168.1.10"]);
     node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] = json!(port);
-    api.put(node);
+    node
+}
+
+/// A node whose kubelet is at that port, on the line `express` at 127.0.0.9.
+pub(crate) fn probed(api: &Api, port: u16) -> Stack {
+    api.put(kubelet_at(port));
     let more = format!(
         "kubernetes: {{kubeconfig: KUBECONFIG}}\n{LINE}{QUICK}routes: [{}]",
         route("edge1", "127.0.0.9")
@@ -465,7 +470,7 @@ fn probed(api: &Api, port: u16) -> Stack {
 }
 
 /// Waits until that has happened so often.
-async fn until_at_least(stack: &Stack, name: &str, count: f64) {
+pub(crate) async fn until_at_least(stack: &Stack, name: &str, count: f64) {
     let read = async {
         while stack.metric(name).await < count {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -477,7 +482,7 @@ async fn until_at_least(stack: &Stack, name: &str, count: f64) {
 
 const DIALS: &str = "corvid_line_dials_total";
 
-fn switched(to: &str) -> String {
+pub(crate) fn switched(to: &str) -> String {
     format!("corvid_line_switches_total{{line=\"express\",of=\"node\",to=\"{to}\"}}")
 }
 
@@ -531,9 +536,7 @@ async fn a_request_that_has_to_do_without_the_line_has_it_looked_at() {
     let (_agents, [mut site]) = sites(["127.0.0.9"]);
     let port = site.port();
     let to = format!("edge1:{port}");
-    let mut node = edge("edge1", &["192.168.1.10"]);
-    node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] = json!(port);
-    api.put(node);
+    api.put(kubelet_at(port));
     // Never probed of itself within this test.
     let settings = "path: {probes: {interval: 1h, timeout: 150ms}}\n";
     let more = format!(

@@ -310,7 +310,7 @@ async fn discovery_without_a_cluster_lists_agents_and_configured_nodes() {
     let labels = |node: &str| {
         serde_json::json!({
             "__metrics_path__": "/metrics", "__scheme__": "http", "__meta_corvid_agent": "edge1",
-            "__meta_corvid_session": "true", "node": node,
+            "__meta_corvid_session": "true", "__meta_corvid_path": "tunnel", "node": node,
         })
     };
     let wanted = serde_json::json!([

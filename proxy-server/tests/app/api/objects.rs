@@ -1,5 +1,5 @@
-//! Leases, ConfigMaps, Services, Pods and Secrets of the emulated API: read, create, replace and merge-patch by resource
-//! version, as kube-apiserver does it, and what one way in to it may do to requests.
+//! Leases, ConfigMaps, Services, Pods, Secrets and Events of the emulated API: read, create, replace and merge-patch by
+//! resource version, as kube-apiserver does it, and what one way in to it may do to requests.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -82,6 +82,16 @@ impl Api {
                 .remove(&format!("{resource} {name}"))
                 .is_some()
         );
+    }
+
+    /// Every Event, oldest first.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        let state = self.state.lock();
+        let events = state.objects.iter();
+        let events = events.filter(|(key, _)| key.starts_with("events default/"));
+        let mut events: Vec<_> = events.map(|(_, event)| event.clone()).collect();
+        events.sort_by_key(|event| event["eventTime"].as_str().unwrap().to_owned());
+        events
     }
 
     /// Which door this is, in [`Write::door`].
@@ -206,11 +216,20 @@ struct Asked {
 fn parse(path: &str) -> (String, String, Option<String>) {
     let rest = path
         .strip_prefix("/apis/coordination.k8s.io/v1/namespaces/")
+        .or_else(|| path.strip_prefix("/apis/events.k8s.io/v1/namespaces/"))
         .or_else(|| path.strip_prefix("/api/v1/namespaces/"));
     let mut parts = rest.unwrap().split('/').map(str::to_owned);
     let (namespace, resource) = (parts.next().unwrap(), parts.next().unwrap());
     assert!(
-        ["leases", "configmaps", "services", "pods", "secrets"].contains(&resource.as_str()),
+        [
+            "leases",
+            "configmaps",
+            "services",
+            "pods",
+            "secrets",
+            "events"
+        ]
+        .contains(&resource.as_str()),
         "{path}"
     );
     (resource, namespace, parts.next())
@@ -263,8 +282,13 @@ impl State {
             return (404, said(404, "NotFound", &format!("{key} not found")));
         };
         let version = new["metadata"]["resourceVersion"].clone();
-        assert!(version.is_string(), "a write without a version: {new}");
-        if version != old["metadata"]["resourceVersion"] {
+        // Who tells of the same again overwrites nobody: an Event has one teller.
+        let is_event = key.starts_with("events ");
+        assert!(
+            version.is_string() || is_event,
+            "a write without a version: {new}"
+        );
+        if !is_event && version != old["metadata"]["resourceVersion"] {
             return (409, said(409, "Conflict", "the object has been modified"));
         }
         if method != Method::PUT {
