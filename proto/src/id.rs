@@ -13,6 +13,9 @@ pub enum IdError {
     /// The name is no DNS-1123 subdomain.
     #[error("the name is not lower-case letters, digits, '-' and '.', at most 253 characters")]
     Name,
+    /// The name is none of a line.
+    #[error("the name is not lower-case letters, digits and '-', 1 to 63 of them")]
+    Line,
     /// The port is missing or not within 1 to 65535.
     #[error("the port is missing or not within 1 to 65535")]
     Port,
@@ -39,8 +42,13 @@ fn is_dns_name(name: &str) -> bool {
         })
 }
 
+fn is_line_name(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    !name.is_empty() && name.len() <= MAX_LABEL && name.bytes().all(plain)
+}
+
 macro_rules! name {
-    ($(#[$doc:meta])* $type:ident) => {
+    ($(#[$doc:meta])* $type:ident, $is_one:ident, $error:ident) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $type(String);
@@ -57,7 +65,7 @@ macro_rules! name {
             type Err = IdError;
 
             fn from_str(text: &str) -> Result<Self, IdError> {
-                if is_dns_name(text) { Ok(Self(text.to_owned())) } else { Err(IdError::Name) }
+                if $is_one(text) { Ok(Self(text.to_owned())) } else { Err(IdError::$error) }
             }
         }
 
@@ -71,11 +79,16 @@ macro_rules! name {
 
 name! {
     /// Name of an agent, as its certificate has it. By default also the name of the node it serves.
-    AgentName
+    AgentName, is_dns_name, Name
 }
 name! {
     /// Name of a proxy-server, as its certificate has it.
-    ServerName
+    ServerName, is_dns_name, Name
+}
+name! {
+    /// What a dedicated line is called, by whoever configures it: an agent for its way to a server, a server for its way to
+    /// nodes.
+    LineName, is_line_name, Line
 }
 
 /// Random id of one session, made by the server; 16 hexadecimal digits.
@@ -253,6 +266,16 @@ mod tests {
         fn what_is_shown_reads_back(text in "\\PC{0,40}:[0-9]{1,5}") {
             if let Ok(destination) = text.parse::<Destination>() {
                 prop_assert_eq!(destination.to_string().parse::<Destination>().unwrap(), destination);
+            }
+        }
+
+        #[test]
+        fn a_line_name_is_short_and_plain(text in "\\PC{0,70}|[a-z0-9-]{0,70}") {
+            let plain = text.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '-'));
+            let fits = plain && (1..=63).contains(&text.len());
+            match text.parse::<LineName>() {
+                Ok(name) => prop_assert!(fits && name.as_str() == text),
+                Err(error) => prop_assert!(!fits && error == IdError::Line),
             }
         }
     }

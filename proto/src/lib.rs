@@ -20,5 +20,5 @@ pub use address::{is_loopback, is_never_dialled};
 pub use budget::{Budget, Stopped};
 pub use error::{Fault, Reason};
 pub use framed::{FrameReader, ReadFrameError, read_frame_within};
-pub use id::{AgentName, Destination, Host, IdError, ServerName, SessionId};
+pub use id::{AgentName, Destination, Host, IdError, LineName, ServerName, SessionId};
 pub use relay::{Counters, Early, Local, Relay, RelayEnd, relay, relay_streams, session_over};

@@ -31,10 +31,19 @@ fn hello() {
         capabilities: vec!["y".into()],
         limits: limits(),
         instance: "z".into(),
+        line: String::new(),
+    };
+    assert_eq!(
+        control(Body::Hello(hello.clone())),
+        "1f0a1d080110011a0565646765312201782a01793207088020108080403a017a"
+    );
+    let hello = pb::Hello {
+        line: "l".into(),
+        ..hello
     };
     assert_eq!(
         control(Body::Hello(hello)),
-        "1f0a1d080110011a0565646765312201782a01793207088020108080403a017a"
+        "220a20080110011a0565646765312201782a01793207088020108080403a017a42016c"
     );
 }
 

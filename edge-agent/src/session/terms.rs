@@ -39,5 +39,6 @@ pub(crate) fn offer(config: &Config, budget: &Budget) -> Result<Offer, AppError>
         capabilities: Vec::new(),
         limits,
         instance: format!("{:016x}", rand::random::<u64>()),
+        line: None,
     })
 }

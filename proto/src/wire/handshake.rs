@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 
 use crate::wire::pb;
-use crate::{AgentName, IdError, Reason, ServerName, SessionId};
+use crate::{AgentName, IdError, LineName, Reason, ServerName, SessionId};
 
 /// Versions this build speaks.
 pub const VERSIONS: RangeInclusive<u32> = 1..=1;
@@ -84,6 +84,8 @@ pub struct Offer<Name = AgentName> {
     pub limits: Limits,
     /// Random, new with each start.
     pub instance: String,
+    /// The dedicated line that this session goes over.
+    pub line: Option<LineName>,
 }
 
 impl<Name: Display> Offer<Name> {
@@ -98,6 +100,11 @@ impl<Name: Display> Offer<Name> {
             capabilities: self.capabilities.clone(),
             limits: Some(limits_to_pb(self.limits)),
             instance: self.instance.clone(),
+            line: self
+                .line
+                .as_ref()
+                .map(LineName::to_string)
+                .unwrap_or_default(),
         }
     }
 }
@@ -136,6 +143,10 @@ pub struct Accepted<Peer> {
     pub server_time_ms: i64,
     /// Servers where agents may go; 0 if not known, and at the server's own side.
     pub servers: u32,
+    /// At the server's side: the dedicated line that the dialler came over, by its own word.
+    pub line: Option<LineName>,
+    /// At the server's side: differs with each start of the dialler.
+    pub instance: String,
 }
 
 const fn limits_to_pb(limits: Limits) -> pb::Limits {
@@ -197,6 +208,10 @@ pub fn answer_hello<Name: Display + Clone>(
             theirs: hello.max_version,
         });
     }
+    let line = match hello.line.as_str() {
+        "" => None,
+        name => Some(name.parse().map_err(HandshakeError::Name)?),
+    };
     let capabilities = common(&ours.capabilities, &hello.capabilities);
     let ack = pb::HelloAck {
         version,
@@ -217,6 +232,8 @@ pub fn answer_hello<Name: Display + Clone>(
         session: session.to_string(),
         server_time_ms: 0,
         servers: 0,
+        line,
+        instance: printable(&hello.instance, 40),
     };
     Ok((ack, accepted))
 }
@@ -264,6 +281,8 @@ pub fn check_hello_ack<Name>(
         session: printable(&ack.session, 40),
         server_time_ms: ack.server_time_ms,
         servers: ack.servers,
+        line: None,
+        instance: String::new(),
     })
 }
 
@@ -281,6 +300,7 @@ mod tests {
                 stream_window: 1 << 20,
             },
             instance: "x".into(),
+            line: None,
         }
     }
 
@@ -329,6 +349,7 @@ mod tests {
                 capabilities: vec![],
                 limits: offer().limits,
                 instance: String::new(),
+                line: None,
             };
             answer_hello(
                 &offer.to_pb(),
@@ -348,6 +369,35 @@ mod tests {
         let other: AgentName = "edge2".parse().unwrap();
         let refused = answer_hello(&offer().to_pb(), &other, &server(), SessionId::random(), 0);
         assert_eq!(refused.unwrap_err().reason(), Reason::IdentityMismatch);
+    }
+
+    #[test]
+    fn the_line_is_the_dialler_s_word_and_a_name() {
+        let name: AgentName = "edge1".parse().unwrap();
+        let answer = |line: &str| {
+            let hello = pb::Hello {
+                line: line.into(),
+                ..offer().to_pb()
+            };
+            let answered = answer_hello(&hello, &name, &server(), SessionId::random(), 0);
+            answered.map(|(_ack, accepted)| accepted)
+        };
+        let told = answer("express-1").unwrap();
+        assert_eq!(
+            (told.line, &*told.instance),
+            ("express-1".parse().ok(), "x")
+        );
+        // As older agents say nothing of it.
+        assert_eq!(answer("").unwrap().line, None);
+        for garbage in ["Express", "a b", "a\u{1b}[2J", "é", &"a".repeat(64)] {
+            let refused = answer(garbage).unwrap_err();
+            assert_eq!(refused.reason(), Reason::Protocol, "{garbage}");
+        }
+        let offer = Offer {
+            line: "express".parse().ok(),
+            ..offer()
+        };
+        assert_eq!(offer.to_pb().line, "express");
     }
 
     #[test]

@@ -306,6 +306,7 @@ fn offer() -> Offer {
             stream_window: WINDOW.into(),
         },
         instance: "i".into(),
+        line: None,
     }
 }
 

@@ -100,6 +100,7 @@ impl Peering {
                 capabilities: Vec::new(),
                 limits: stream_limits(window, dialling.max_streams),
                 instance: format!("{:016x}", rand::random::<u64>()),
+                line: None,
             },
             sessions,
         };

@@ -26,6 +26,7 @@ pub(crate) async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, Memor
             stream_window: 1 << 16,
         },
         instance: String::new(),
+        line: None,
     };
     let dial = Control::dial(client.clone(), &offer);
     let accept = Control::accept(server.clone());

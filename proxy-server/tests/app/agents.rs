@@ -20,6 +20,7 @@ pub(crate) fn offer(name: &str) -> Offer {
             stream_window: 1 << 16,
         },
         instance: String::new(),
+        line: None,
     }
 }
 

@@ -70,6 +70,7 @@ async fn visit(to: &Stack, name: &str) -> (QuicSession, JoinSet<()>) {
         capabilities: vec![],
         limits: LIMITS,
         instance: String::new(),
+        line: None,
     };
     let (control, _) = Control::dial(session.clone(), &offer).await.unwrap();
     let mut tasks = JoinSet::new();
@@ -290,6 +291,7 @@ async fn nobody_but_a_server_of_the_same_authority_comes_in() {
         capabilities: vec![],
         limits: LIMITS,
         instance: String::new(),
+        line: None,
     };
     let refused = Control::dial(session, &offer).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::IdentityMismatch);

@@ -238,6 +238,7 @@ async fn an_agent_lost_during_a_dial_fails_it_at_once() {
             stream_window: 1 << 16,
         },
         instance: String::new(),
+        line: None,
     };
     let _control = proto::control::Control::dial(session.clone(), &offer)
         .await

@@ -518,6 +518,7 @@ where
             stream_window: 1 << 16,
         },
         instance: String::new(),
+        line: None,
     };
     let (control, _) = Control::dial(session.clone(), &offer).await.unwrap();
     let mut tasks = JoinSet::new();

@@ -50,6 +50,7 @@ pub(crate) async fn come(stack: &Stack, own: &Own) -> Result<Quiet, Reason> {
             stream_window: 1 << 16,
         },
         instance: String::new(),
+        line: None,
     };
     let control = match within(Control::dial(session.clone(), &offer)).await {
         Ok((control, _)) => control,

@@ -107,6 +107,7 @@ async fn session(
             stream_window: 640 << 10,
         },
         instance: String::new(),
+        line: None,
     };
     let tls = certs::tunnel_client_quic(&own)?;
     let session = Endpoint::dial(backend, certs::SERVER_SNI, tls, tuning).await?;

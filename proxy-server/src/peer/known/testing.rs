@@ -32,6 +32,7 @@ pub(crate) async fn session(number: u8) -> (Arc<PeerSession<MemorySession>>, Mem
             stream_window: 1 << 16,
         },
         instance: String::new(),
+        line: None,
     };
     // Only the handle is wanted, so nobody answers the hello.
     let control = tokio::select! {
