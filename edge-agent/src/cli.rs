@@ -77,10 +77,11 @@ pub struct Settings {
     /// Where the certificate is kept.
     #[arg(long, value_name = "DIR", env = "CORVID_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
-    /// A proxy-server; may be given several times.
+    /// A proxy-server, and the dedicated line that leads to that address if it is reached over one; may be given several
+    /// times.
     #[arg(
         long = "server",
-        value_name = "HOST:PORT",
+        value_name = "[LINE=]HOST:PORT",
         env = "CORVID_SERVERS",
         value_delimiter = ','
     )]

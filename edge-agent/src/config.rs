@@ -5,6 +5,7 @@
 
 mod check;
 mod file;
+mod server;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -12,10 +13,10 @@ use std::time::Duration;
 
 use certs::{Name, Pin, TrustDomain};
 use daemon::{ConfigError, Listen, LogFormat};
-use proto::Destination;
 use proto::transport::quic::Congestion;
 use secrecy::SecretString;
 use serde::Deserialize;
+pub use server::Server;
 
 use crate::policy::{Pods, Rule};
 
@@ -31,8 +32,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Trust domain of every identity.
     pub trust_domain: TrustDomain,
-    /// Proxy-servers, by name or address.
-    pub servers: Vec<Destination>,
+    /// Where proxy-servers are.
+    pub servers: Vec<Server>,
     /// How to get the first credential.
     pub join: Option<Join>,
     /// An existing credential, renewed by the operator.
@@ -174,7 +175,7 @@ pub struct Overrides {
     pub name: Option<String>,
     /// `stateDir`
     pub state_dir: Option<PathBuf>,
-    /// `servers`; empty keeps the file's.
+    /// `servers`, each as `[LINE=]HOST:PORT`; empty keeps the file's.
     pub servers: Vec<String>,
     /// `nodeAddresses`; empty keeps the file's.
     pub node_addresses: Vec<IpAddr>,

@@ -1,16 +1,17 @@
-//! Keeps one session with each server: one supervisor for each address that the servers resolve to.
+//! Keeps one session with each server, and one over each dedicated line that leads there: one supervisor for each address
+//! that the servers resolve to. Over which of them requests come is the server's choice (docs/protocol.md section 4), so
+//! when one fails the other is there already.
 //!
 //! | state | until |
 //! | --- | --- |
 //! | *connecting* | a session is up; after each failure a pause (full jitter, never shorter than the server asks) |
 //! | *holding* | the session ends, the server says GoAway, or the certificate was renewed: then *connecting*, while the old session goes on in its own task (make before break) |
-//! | *parked* | another supervisor has a newer session with the same server, and that one is up |
+//! | *parked* | another supervisor has a newer session with the same server over the same line, or none, and that one is up |
 //!
 //! A supervisor ends when its address is no longer wanted and it holds no session. What one address hides, a load
 //! balancer in front of several servers, is the affair of [`crate::seeker`].
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{interval, sleep};
 
 use crate::backoff::{Backoff, obey};
-use crate::candidate::Candidates;
+use crate::candidate::{Candidate, Candidates};
 use crate::config::BackoffLimits;
 use crate::error::{OpenError, is_hopeless};
 use crate::seeker::Seeker;
@@ -52,7 +53,7 @@ impl Connector {
     /// Starts a supervisor for each address as it becomes known. Ends with `tasks`.
     pub(crate) async fn run(self, tasks: Tasks) {
         let mut wanted = self.candidates.watch();
-        let mut running: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
+        let mut running: BTreeMap<Candidate, AbortHandle> = BTreeMap::new();
         let mut ticks = interval(RESOLVE_EVERY);
         tasks.spawn("seeker", Seeker::new(self.clone()).run());
         loop {
@@ -63,9 +64,9 @@ impl Connector {
                 Ok(()) = wanted.changed() => {}
             }
             running.retain(|_, supervisor| !supervisor.is_finished());
-            for address in wanted.borrow_and_update().iter() {
-                running.entry(*address).or_insert_with(|| {
-                    let supervisor = Supervisor::new(self.clone(), *address);
+            for way in wanted.borrow_and_update().iter() {
+                running.entry(way.clone()).or_insert_with(|| {
+                    let supervisor = Supervisor::new(self.clone(), way.clone());
                     tasks.spawn("supervisor", supervisor.run())
                 });
             }
@@ -76,7 +77,7 @@ impl Connector {
 /// Keeps a session with the server at one address.
 struct Supervisor {
     shared: Connector,
-    address: SocketAddr,
+    way: Candidate,
     backoff: Backoff,
     /// Read up to the certificate that the last attempt was made with.
     renewed: watch::Receiver<u64>,
@@ -93,12 +94,12 @@ enum Next {
 }
 
 impl Supervisor {
-    fn new(shared: Connector, address: SocketAddr) -> Self {
+    fn new(shared: Connector, way: Candidate) -> Self {
         let backoff = Backoff::new(shared.limits);
         let renewed = shared.renewed.clone();
         Self {
             shared,
-            address,
+            way,
             backoff,
             renewed,
             failing: None,
@@ -128,30 +129,27 @@ impl Supervisor {
                     previous = Some(live);
                 }
                 Next::Park => {
-                    tracing::debug!(address = %self.address, server = %live.server(), "parked");
-                    self.shared.terms.registry.vacant(live.server()).await;
+                    let (address, line) = (self.way.address, self.way.line());
+                    tracing::debug!(%address, line, server = %live.server(), "parked");
+                    self.shared.terms.registry.vacant(&live).await;
                     let pause = self.backoff.failed(rand::random());
                     sleep(pause).await;
                 }
             }
         }
-        tracing::debug!(address = %self.address, "address is not wanted any more");
+        let (address, line) = (self.way.address, self.way.line());
+        tracing::debug!(%address, line, "address is not wanted any more");
     }
 
     /// *Connecting*. `None` once the address is not wanted any more.
     async fn connect(&mut self) -> Option<Arc<Live>> {
         loop {
             self.wait_for_a_valid_certificate().await;
-            if !self
-                .shared
-                .candidates
-                .refresh()
-                .await
-                .contains(&self.address)
-            {
+            let wanted = self.shared.candidates.refresh().await;
+            if !wanted.contains(&self.way) {
                 return None;
             }
-            match session::open(&self.shared.terms, self.address, |_server| false).await {
+            match session::open(&self.shared.terms, &self.way, |_server| false).await {
                 Ok(live) => {
                     self.failing = None;
                     return Some(live);
@@ -236,7 +234,7 @@ impl Supervisor {
                     self.backoff.reset();
                 }
                 if end.reason == Reason::Revoked {
-                    revoked(self.address);
+                    revoked(&self.way);
                 }
                 let pause = self.pause(end.reason, Duration::ZERO);
                 Next::Reconnect(pause, end.reason)
@@ -253,22 +251,23 @@ impl Supervisor {
         };
         self.failing = Some((reason, count));
         let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-        let address = self.address;
+        let (address, line) = (self.way.address, self.way.line());
         if count > 0 && count % REPEAT_WARNING != 0 {
-            tracing::debug!(%address, %reason, error = %chain(error), pause_ms, "no session");
+            tracing::debug!(%address, line, %reason, error = %chain(error), pause_ms, "no session");
         } else if reason == Reason::Revoked {
-            revoked(address);
+            revoked(&self.way);
         } else {
             let tls = error.tls_failure();
-            tracing::warn!(%address, %reason, tls, error = %chain(error), pause_ms, "no session");
+            tracing::warn!(%address, line, %reason, tls, error = %chain(error), pause_ms, "no session");
         }
     }
 }
 
 /// The one clear line.
-fn revoked(address: SocketAddr) {
+fn revoked(way: &Candidate) {
     tracing::error!(
-        %address,
+        address = %way.address,
+        line = way.line(),
         "this agent is revoked: no server takes it until `proxy-server agent allow` is run there"
     );
 }

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::backoff::{Backoff, obey};
-use crate::candidate::Candidates;
+use crate::candidate::{Candidate, Candidates};
 use crate::config::{Anchor, Config, CredentialFiles, Join, TokenSource};
 use crate::error::{AppError, JoinError};
 use crate::metrics::{AgentMetrics, ResultLabel};
@@ -230,7 +230,10 @@ impl Enrolment {
         };
         let (trust, proof) = (trust(&join.anchor)?, proof(&join.token)?);
         let mut last = JoinError::NoAddress;
-        for server in self.candidates.refresh().await {
+        for Candidate {
+            address: server, ..
+        } in self.candidates.refresh().await
+        {
             let request = EnrollRequest {
                 server,
                 trust: &trust,
@@ -253,7 +256,10 @@ impl Enrolment {
 
     async fn renew_once(&self, own: &Own) -> Result<Enrolled, JoinError> {
         let mut last = JoinError::NoAddress;
-        for server in self.candidates.refresh().await {
+        for Candidate {
+            address: server, ..
+        } in self.candidates.refresh().await
+        {
             match certs::renew(server, own, &self.files).await {
                 Ok(enrolled) => {
                     self.given(&enrolled, "certificate renewed");

@@ -150,6 +150,7 @@ impl Collector for Gauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let sessions = self.registry.all();
         let suspect = sessions.iter().filter(|live| live.is_suspect()).count();
+        let over_lines = sessions.iter().filter(|live| live.line().is_some());
         let streams: usize = sessions.iter().map(|live| live.streams()).sum();
         let stats: Vec<_> = sessions.iter().map(|live| live.stats()).collect();
         let lost: u64 = stats.iter().map(|s| s.lost_packets).sum();
@@ -158,12 +159,18 @@ impl Collector for Gauges {
             .map(|s| s.rtt.as_secs_f64())
             .fold(0.0, f64::max);
         let mtu = stats.iter().map(|s| s.mtu).min().unwrap_or(0);
-        let whole: [(&str, &str, Option<Unit>, i64); 9] = [
+        let whole: [(&str, &str, Option<Unit>, i64); 10] = [
             (
                 "sessions",
                 "Sessions that are up",
                 None,
                 signed(sessions.len()),
+            ),
+            (
+                "sessions_over_lines",
+                "Sessions that are up over dedicated lines",
+                None,
+                signed(over_lines.count()),
             ),
             (
                 "sessions_suspect",

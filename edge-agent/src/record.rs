@@ -93,6 +93,7 @@ impl Drop for Record {
             .inc_by(up);
         let session = self.session.as_ref().map(|live| live.id());
         let server = self.session.as_ref().map(|live| live.server().as_str());
+        let line = self.session.as_ref().and_then(|live| live.line());
         let destination = self.destination.as_ref().map(tracing::field::display);
         let dialled = self
             .dialled
@@ -104,7 +105,7 @@ impl Drop for Record {
         let trace = Some(self.trace.as_str()).filter(|trace| !trace.is_empty());
         tracing::info!(
             target: "access",
-            server, session, destination, dialled, dial_ms, reason, detail,
+            server, session, line, destination, dialled, dial_ms, reason, detail,
             bytes_up = up, bytes_down = down, duration_ms, trace,
             "stream ended"
         );

@@ -1,13 +1,13 @@
 //! The sessions that are up, and which of them serves each server.
 //!
-//! Invariant: of one server's sessions the newest is kept and the others are let go, as the server itself prefers the
-//! newest. No IO, no await while the lock is held.
+//! Invariant: of one server's sessions over one line, or over none, the newest is kept and the others are let go, as the
+//! server itself prefers the newest; so of those to one address, whatever line that is said to be reached over by now.
+//! No IO, no await while the lock is held.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use proto::ServerName;
 use tokio::sync::watch;
 
 use crate::seeker::Standing;
@@ -42,13 +42,13 @@ impl Registry {
         })
     }
 
-    /// Adds a session; older ones of the same server are let go.
+    /// Adds a session; older ones that it takes the place of are let go.
     pub(crate) fn enter(self: &Arc<Self>, live: Arc<Live>) -> Entered {
         let mut sessions = self.sessions.lock();
         let older: Vec<_> = sessions
             .up
             .values()
-            .filter(|old| old.server() == live.server())
+            .filter(|old| old.way() == live.way() || old.far_end() == live.far_end())
             .cloned()
             .collect();
         let key = sessions.next;
@@ -86,15 +86,15 @@ impl Registry {
         self.changed.subscribe()
     }
 
-    /// Waits until that server has no session.
-    pub(crate) async fn vacant(&self, server: &ServerName) {
+    /// Waits until there is no session with the server of that one over the same line.
+    pub(crate) async fn vacant(&self, of: &Live) {
         let mut changed = self.changed.subscribe();
         let taken = || {
             self.sessions
                 .lock()
                 .up
                 .values()
-                .any(|live| live.server() == server)
+                .any(|live| live.way() == of.way())
         };
         while taken() {
             if changed.changed().await.is_err() {

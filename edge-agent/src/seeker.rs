@@ -11,7 +11,6 @@
 //! there but a handshake. The servers say how many they are with each session and whenever that changes, so nothing is
 //! tried while there is but one.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::backoff::obey;
+use crate::candidate::Candidate;
 use crate::connector::Connector;
 use crate::error::OpenError;
 use crate::session::{self, Live, Phase};
@@ -143,17 +143,17 @@ impl Seeker {
         if terms.own.credential.not_after().as_secs() <= terms.own.clock.now().as_secs() {
             return None;
         }
-        let wanted: Vec<SocketAddr> = self.shared.candidates.refresh().await.into_iter().collect();
+        let wanted: Vec<Candidate> = self.shared.candidates.refresh().await.into_iter().collect();
         // Any of them.
         let any = rand::random::<u32>() as usize;
-        let address = *wanted.get(any.checked_rem(wanted.len())?)?;
+        let way = wanted.get(any.checked_rem(wanted.len())?)?;
         let held = |server: &ServerName| {
             let standings = terms.registry.standings();
             standings
                 .iter()
                 .any(|standing| standing.up && standing.server == *server)
         };
-        Some(session::open(terms, address, held).await)
+        Some(session::open(terms, way, held).await)
     }
 
     /// *Holding*. Says how long its server asked to stay away.
@@ -190,7 +190,7 @@ mod tests {
             // Told to go: its server will be no more.
             (&[standing("a", true, 2), standing("b", false, 2)], true),
             (&[standing("a", false, 2)], false),
-            // Two sessions with one server, while one takes over from the other.
+            // Two sessions with one server, over two ways or while one takes over from the other.
             (&[standing("a", true, 2), standing("a", true, 2)], true),
             (&[standing("a", true, 1), standing("b", false, 3)], false),
         ] {

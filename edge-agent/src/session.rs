@@ -19,7 +19,7 @@ use proto::transport::keepalive::{Keepalive, Verdict};
 use proto::transport::quic::{QuicSession, Tuning};
 use proto::transport::{Session, SessionError, SessionStats};
 use proto::wire::{Accepted, Offer};
-use proto::{Reason, ServerName, session_over};
+use proto::{LineName, Reason, ServerName, session_over};
 pub(crate) use terms::{offer, tuning};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -73,6 +73,8 @@ pub(crate) struct End {
 #[derive(Debug)]
 pub(crate) struct Live {
     session: QuicSession,
+    /// The dedicated line that it goes over.
+    line: Option<LineName>,
     control: ControlHandle,
     liveness: Arc<Liveness>,
     accepted: Accepted<ServerName>,
@@ -106,7 +108,7 @@ async fn run(terms: Arc<Terms>, control: Control<QuicSession>, live: Arc<Live>) 
         .get_or_create(&reason.into())
         .inc();
     tracing::info!(
-        server = %live.server(), session = live.id(), %reason, error = %end,
+        server = %live.server(), session = live.id(), line = live.line(), %reason, error = %end,
         streams = live.served.load(Ordering::Relaxed),
         lasted_s = live.started.elapsed().as_secs(), "session over"
     );
@@ -166,6 +168,21 @@ impl Live {
     /// Who is at the other end.
     pub(crate) const fn server(&self) -> &ServerName {
         &self.accepted.peer
+    }
+
+    /// The dedicated line that it goes over.
+    pub(crate) fn line(&self) -> Option<&str> {
+        self.line.as_ref().map(LineName::as_str)
+    }
+
+    /// Where it leads and over what: of two that are the same the newer one is kept.
+    pub(crate) const fn way(&self) -> (&ServerName, Option<&LineName>) {
+        (self.server(), self.line.as_ref())
+    }
+
+    /// Where it leads and to which address.
+    pub(crate) fn far_end(&self) -> (&ServerName, SocketAddr) {
+        (self.server(), self.remote())
     }
 
     /// The session's id.
@@ -234,7 +251,7 @@ impl Live {
 
     fn told(&self, away: GoAway) {
         tracing::info!(
-            server = %self.server(), session = self.id(), reason = %away.reason, detail = away.detail,
+            server = %self.server(), session = self.id(), line = self.line(), reason = %away.reason, detail = away.detail,
             deadline_ms = millis(away.deadline), retry_after_ms = millis(away.retry_after),
             "server asks to go elsewhere"
         );

@@ -18,6 +18,9 @@ pub struct SessionStatus {
     pub session: String,
     /// The server's address.
     pub remote: String,
+    /// The dedicated line that it goes over.
+    #[serde(default)]
+    pub line: Option<String>,
     /// What carries it.
     pub transport: String,
     /// Round trip, milliseconds.
@@ -44,6 +47,7 @@ impl SessionStatus {
             server: live.server().to_string(),
             session: live.id().to_owned(),
             remote: live.remote().to_string(),
+            line: live.line().map(str::to_owned),
             transport: "quic".to_owned(),
             rtt_ms: (stats.rtt.as_secs_f64() * 1e5).round() / 100.0,
             streams: live.streams(),
@@ -71,13 +75,15 @@ pub fn table(sessions: &[SessionStatus]) -> String {
         return "no session\n".to_owned();
     }
     let head = [
-        "SERVER", "REMOTE", "SESSION", "RTT", "STREAMS", "IN", "OUT", "SINCE", "VERSION", "",
+        "SERVER", "REMOTE", "LINE", "SESSION", "RTT", "STREAMS", "IN", "OUT", "SINCE", "VERSION",
+        "",
     ];
     let rows = sessions.iter().map(|s| {
         let suspect = if s.suspect { "silent" } else { "" };
         [
             s.server.clone(),
             s.remote.clone(),
+            s.line.clone().unwrap_or_else(|| "-".to_owned()),
             s.session.clone(),
             format!("{} ms", s.rtt_ms),
             s.streams.to_string(),
@@ -91,7 +97,7 @@ pub fn table(sessions: &[SessionStatus]) -> String {
     let rows: Vec<_> = std::iter::once(head.map(str::to_owned))
         .chain(rows)
         .collect();
-    let mut widths = [0; 10];
+    let mut widths = [0; 11];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -121,6 +127,7 @@ mod tests {
             server: "proxy-1".into(),
             session: "00000000000000ff".into(),
             remote: "203.0.113.10:8443".into(),
+            line: Some("express".into()),
             transport: "quic".into(),
             rtt_ms: 12.5,
             streams: 3,
@@ -140,6 +147,15 @@ mod tests {
             "{shown}"
         );
         assert!(lines[1].contains("2027-01-15T08:00:00Z"), "{shown}");
+        assert!(
+            lines[0].contains(" LINE ") && lines[1].contains(" express "),
+            "{shown}"
+        );
+        let over_none = SessionStatus {
+            line: None,
+            ..session.clone()
+        };
+        assert!(table(&[over_none]).contains(":8443  -     0"));
         let json = serde_json::to_string(&session).unwrap();
         assert_eq!(
             serde_json::from_str::<SessionStatus>(&json).unwrap(),

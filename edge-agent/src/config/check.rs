@@ -10,11 +10,12 @@ use std::time::Duration;
 use certs::{Name, Pin, TrustDomain};
 use daemon::{ConfigError, Listen, Problems};
 use ipnet::IpNet;
+use proto::Host;
 use proto::transport::quic::Congestion;
-use proto::{Destination, Host};
 use secrecy::ExposeSecret;
 
 use super::file::{self, File};
+use super::server::{self, Written};
 use super::{Anchor, BackoffLimits, Config, Join, Overrides, TokenSource};
 use crate::policy::Rule;
 
@@ -41,21 +42,13 @@ pub(super) fn config(path: &Path, file: File, over: &Overrides) -> Result<Config
         || Some(TrustDomain::default()),
         |text| read(&mut problems, "trustDomain", &text),
     );
-    let servers = if over.servers.is_empty() {
+    let written = if over.servers.is_empty() {
         file.servers
     } else {
-        over.servers.clone()
+        let over = over.servers.iter();
+        over.map(|text| Written::from(text.as_str())).collect()
     };
-    problems.check(
-        !servers.is_empty(),
-        "servers",
-        "at least one proxy-server is needed",
-    );
-    let servers = servers
-        .iter()
-        .enumerate()
-        .filter_map(|(i, text)| read::<Destination>(&mut problems, format!("servers[{i}]"), text))
-        .collect();
+    let servers = server::servers(&written, &mut problems);
     // A service manager may hand over a token to every agent; one that has a credential doesn't need it.
     let join = match (&file.credential, &file.join) {
         (Some(_), None) => None,

@@ -14,7 +14,7 @@ pub(super) struct File {
     pub(super) name: Option<String>,
     pub(super) state_dir: Option<PathBuf>,
     pub(super) trust_domain: Option<String>,
-    pub(super) servers: Vec<String>,
+    pub(super) servers: Vec<super::server::Written>,
     pub(super) join: Option<Join>,
     pub(super) credential: Option<super::CredentialFiles>,
     pub(super) node_addresses: Vec<IpAddr>,

@@ -3,7 +3,7 @@ use crate::policy::PodPorts;
 
 const PIN: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-fn read(text: &str) -> Result<Config, ConfigError> {
+pub(super) fn read(text: &str) -> Result<Config, ConfigError> {
     parse(Path::new("agent.yaml"), text, &Overrides::default())
 }
 
@@ -99,7 +99,7 @@ fn flags_and_variables_go_before_the_file() {
     let overrides = Overrides {
         name: Some("edge9".into()),
         state_dir: Some("/s".into()),
-        servers: vec!["[::1]:1".into(), "other:2".into()],
+        servers: vec!["[::1]:1".into(), "vpn=other:2".into()],
         node_addresses: vec!["10.0.0.7".parse().unwrap()],
         join_token: Some("abcdef.0123456789abcdef".to_owned().into()),
         join_token_file: None,
@@ -115,7 +115,8 @@ fn flags_and_variables_go_before_the_file() {
         (config.name.as_str(), config.state_dir.as_path()),
         ("edge9", Path::new("/s"))
     );
-    assert_eq!(config.servers.len(), 2);
+    let servers: Vec<_> = config.servers.iter().map(Server::to_string).collect();
+    assert_eq!(servers, ["[::1]:1", "vpn=other:2"]);
     assert_eq!(config.node_addresses, overrides.node_addresses);
     assert_eq!(
         (config.log_level.as_str(), config.log_format),

@@ -1,6 +1,5 @@
 //! How a session comes up: QUIC, both identities, the hello, and the server's time.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
@@ -9,23 +8,26 @@ use certs::{Own, SERVER_SNI, UnixTime};
 use proto::control::{Control, HANDSHAKE, Liveness};
 use proto::transport::Session;
 use proto::transport::quic::Endpoint;
+use proto::wire::Offer;
 use proto::{Reason, ServerName};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::{Live, Phase, Terms, run};
+use crate::candidate::Candidate;
 use crate::error::OpenError;
 
 /// A server's time that differs by more is worth a warning.
 const SKEW_WARNING: u64 = 60;
 
-/// Opens a session with the server at `address` and runs it in a task of its own, unless the server turns out to be one
+/// Opens a session with the server at that address and runs it in a task of its own, unless the server turns out to be one
 /// that `held` says is not wanted.
 pub(crate) async fn open(
     terms: &Arc<Terms>,
-    address: SocketAddr,
+    way: &Candidate,
     held: impl Fn(&ServerName) -> bool,
 ) -> Result<Arc<Live>, OpenError> {
+    let address = way.address;
     let expires = terms.own.credential.load().not_after();
     let dial = Endpoint::dial(address, SERVER_SNI, Arc::clone(&terms.tls), terms.tuning);
     let session = timeout(HANDSHAKE, dial)
@@ -44,7 +46,11 @@ pub(crate) async fn open(
         let server = name.to_owned();
         return Err(OpenError::SameServer { address, server });
     }
-    let (control, accepted) = Control::dial(session.clone(), &terms.offer)
+    let offer = Offer {
+        line: way.line.clone(),
+        ..terms.offer.clone()
+    };
+    let (control, accepted) = Control::dial(session.clone(), &offer)
         .await
         .map_err(|source| OpenError::Control { address, source })?;
     if accepted.peer.as_str() != server.identity.name.as_str() {
@@ -69,11 +75,12 @@ pub(crate) async fn open(
         served: AtomicU64::new(0),
         streams: watch::Sender::new(0),
         phase: watch::Sender::new(Phase::Up),
+        line: offer.line,
         session,
     });
     terms.metrics.sessions_opened.inc();
     tracing::info!(
-        server = %live.server(), session = live.id(), remote = %address,
+        server = %live.server(), session = live.id(), remote = %address, line = live.line(),
         version = live.software(), "session up"
     );
     let run = run(Arc::clone(terms), control, Arc::clone(&live));
