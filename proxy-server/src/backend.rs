@@ -24,7 +24,7 @@ use proto::control::{Control, ControlError, GoAway, Liveness};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::{Endpoint, Incoming, QuicSession};
 use proto::transport::{Session, SessionError};
-use proto::wire::{Limits as StreamLimits, ServerOffer};
+use proto::wire::{Accepted, Limits as StreamLimits, ServerOffer};
 use proto::{AgentName, Reason, SessionId};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{Instant, interval, sleep, timeout};
@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Standing, Verdict};
 use crate::limits::{Knock, Limits, Side};
-use crate::registry::{Doubt, LiveSession, Loss, Lost, Rank};
+use crate::registry::{Doubt, LiveSession, Loss, Lost, OverLine, Rank};
 use crate::serve::Forwarder;
 
 /// A session may outlive its leaf by this: the agent opens one with the new leaf long before.
@@ -120,16 +120,19 @@ impl Backend {
             }
         };
         match self.greet(&transport, &agent, &peer).await {
-            Ok((control, software, id)) => {
+            Ok((control, accepted, id)) => {
+                let stable = self.forwarder.paths.settings.stable;
                 let session = LiveSession {
                     id,
                     agent,
                     node_uid: peer.node_uid.clone(),
+                    line: accepted.line.map(|name| OverLine::new(name, stable)),
+                    instance: accepted.instance,
                     kind: "quic",
                     liveness: Liveness::new(self.keepalive),
                     control: control.handle(),
                     since: std::time::UNIX_EPOCH + unix(&self.clock),
-                    software,
+                    software: accepted.software,
                     going: AtomicBool::new(false),
                     probed: AtomicBool::new(false),
                     doubt: Doubt::default(),
@@ -157,7 +160,7 @@ impl Backend {
         transport: &QuicSession,
         agent: &AgentName,
         peer: &Peer,
-    ) -> Result<(Control<QuicSession>, String, SessionId), ControlError> {
+    ) -> Result<(Control<QuicSession>, Accepted<AgentName>, SessionId), ControlError> {
         let (control, hello) = Control::accept(transport.clone()).await?;
         if self.stopping.is_cancelled() {
             let spread = if self.is_alone() {
@@ -201,7 +204,7 @@ impl Backend {
             ..self.offer.clone()
         };
         let (control, accepted) = control.answer(&hello, agent, &offer, id, now).await?;
-        Ok((control, accepted.software, id))
+        Ok((control, accepted, id))
     }
 
     /// A registered session until its end.
@@ -214,15 +217,17 @@ impl Backend {
         let older = self.forwarder.registry.of(&session.agent);
         let registration = self.forwarder.registry.register(Arc::clone(&session));
         metrics.sessions.inc();
+        let over_lines = i64::from(session.line.is_some());
+        metrics.sessions_over_lines.inc_by(over_lines);
         let remote = session.transport.remote_address();
-        tracing::info!(agent = %session.agent, session = %session.id, %remote, software = session.software, "session up");
+        tracing::info!(agent = %session.agent, session = %session.id, %remote, line = session.line(), software = session.software, "session up");
         // Revoked or stopping since the handshake: whoever ended the registered sessions did not see this one.
         if self.revoked.contains(&peer.identity.name) {
             session.transport.close(Reason::Revoked);
         } else if self.stopping.is_cancelled() {
             session.transport.close(Reason::Draining);
         }
-        self.relieve(older);
+        self.relieve(&session, older);
         let going = Arc::clone(&session);
         // Pinned out here: its control stream must not be reset before the session is closed with the reason.
         let mut run = pin!(control.run(&session.liveness, move |away| {
@@ -247,12 +252,13 @@ impl Backend {
         };
         let reason = end.reason();
         metrics.sessions.dec();
+        metrics.sessions_over_lines.dec_by(over_lines);
         metrics.sessions_ended.get_or_create(&reason.into()).inc();
         registration.lost(Lost {
             at: std::time::UNIX_EPOCH + unix(&self.clock),
             reason,
         });
-        tracing::info!(agent = %session.agent, session = %session.id, %remote, reason = reason.label(), "session down");
+        tracing::info!(agent = %session.agent, session = %session.id, %remote, line = session.line(), reason = reason.label(), "session down");
     }
 
     /// Tells the agent how many servers there are, whenever that has changed.
@@ -269,7 +275,7 @@ impl Backend {
 
     /// What a new session means for the older ones of its agent: those that are dead are found out, above the limit the
     /// oldest are told to go, and above twice the limit they are closed, so that no agent can fill the server.
-    fn relieve(&self, older: Vec<Arc<LiveSession<QuicSession>>>) {
+    fn relieve(&self, newer: &LiveSession<QuicSession>, older: Vec<Arc<LiveSession<QuicSession>>>) {
         let count = older.len() + 1;
         for (i, old) in older.into_iter().enumerate() {
             // So many would be left if this one and all before it went.
@@ -286,16 +292,19 @@ impl Backend {
                     detail: "too many sessions of one agent".to_owned(),
                 });
             }
-            self.probe(old);
+            if newer.tells_of(&old) {
+                self.probe(old);
+            }
         }
     }
 
     /// Another server has a newer session of that agent: those here that are dead are found out, as in
-    /// [`Backend::relieve`].
+    /// [`Backend::relieve`]. What that one goes over is not known here, so it tells nothing of those over a line: an agent
+    /// that has started anew comes here by itself.
     pub(crate) fn probe_all(&self, agent: &AgentName) {
-        for session in self.forwarder.registry.of(agent) {
-            self.probe(session);
-        }
+        let all = self.forwarder.registry.of(agent).into_iter();
+        all.filter(|session| session.line.is_none())
+            .for_each(|session| self.probe(session));
     }
 
     /// Closes the session unless a sign of life comes soon: its agent was killed and has started again.

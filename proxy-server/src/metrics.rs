@@ -436,6 +436,8 @@ pub struct Metrics {
     pub dial: Family<WayLabels, Histogram, fn() -> Histogram>,
     /// Sessions now.
     pub sessions: Gauge,
+    /// Those of them over a dedicated line. Agents name their lines, so the names are no labels.
+    pub sessions_over_lines: Gauge,
     /// Ended sessions.
     pub sessions_ended: Family<ReasonLabels, Counter>,
     /// Peers that did not become a session.
@@ -464,6 +466,7 @@ impl Metrics {
             bytes: Family::default(),
             dial: Family::new_with_constructor(dial_seconds),
             sessions: Gauge::default(),
+            sessions_over_lines: Gauge::default(),
             sessions_ended: Family::default(),
             sessions_refused: Family::default(),
             requesters_refused: Family::default(),
@@ -507,6 +510,11 @@ impl Metrics {
             self.dial.clone(),
         );
         registry.register("sessions", "Sessions of agents now", self.sessions.clone());
+        registry.register(
+            "sessions_over_lines",
+            "Sessions of agents now that go over a dedicated line, by the agents' word",
+            self.sessions_over_lines.clone(),
+        );
         registry.register(
             "sessions_ended",
             "Ended sessions, by why",

@@ -7,6 +7,7 @@
 
 pub(crate) mod dial;
 pub mod direct;
+pub(crate) mod gate;
 pub(crate) mod health;
 pub mod policy;
 pub(crate) mod probe;

@@ -75,8 +75,8 @@ pub struct StreamRecord {
     pub session: String,
     /// The other server, if it goes through one.
     pub via: String,
-    /// The line, if it is dialled by one.
-    pub line: Option<Arc<Line>>,
+    /// The line that it is dialled by, or that the agent's session goes over.
+    pub line: Option<String>,
     /// What moved.
     pub counters: Arc<Counters>,
     started: Instant,
@@ -112,7 +112,7 @@ impl StreamRecord {
     /// The way that is tried now, or that counts in the end.
     pub(crate) fn tried(&mut self, way: &Way) {
         self.session = way.id();
-        self.line = None;
+        self.line = way.line().map(str::to_owned);
         (self.path, self.via) = match way {
             Way::Agent(_) => (Path::Tunnel, String::new()),
             Way::Peer(peer) => (Path::Peer, peer.server.to_string()),
@@ -120,11 +120,11 @@ impl StreamRecord {
     }
 
     /// The line that is tried now, or that counts in the end.
-    pub(crate) fn tried_line(&mut self, line: &Arc<Line>) {
+    pub(crate) fn tried_line(&mut self, line: &Line) {
         self.path = Path::Direct;
         self.session.clear();
         self.via.clear();
-        self.line = Some(Arc::clone(line));
+        self.line = Some(line.name.clone());
     }
 
     /// The destination answered.
@@ -163,7 +163,7 @@ impl Drop for StreamRecord {
             path = self.path.label(),
             session = self.session,
             via = self.via,
-            line = self.line.as_ref().map(|line| line.name.as_str()),
+            line = self.line,
             reason = self.outcome.label(),
             said = self.sentence,
             to_edge,

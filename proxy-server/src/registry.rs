@@ -1,12 +1,14 @@
 //! Which agent has which sessions, and which of them takes the next stream. No IO, nothing awaited.
 //!
-//! An agent that reconnects has a new session while the old one is not dead yet. Newer sessions are preferred, suspect
-//! ones and those told to go are used only when there is nothing else, and old ones are kept until they end.
+//! An agent that reconnects has a new session while the old one is not dead yet, and one over each dedicated line that it
+//! has. Sessions over a line are preferred, then newer ones; suspect ones and those told to go are used only when there is
+//! nothing else, and old ones are kept until they end.
 //!
 //! Other servers are told of what changes: [`Registry::tell`].
 
 mod changes;
 mod loss;
+mod over;
 mod rank;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -17,6 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use certs::NodeUid;
 pub use changes::Place;
 pub use loss::Loss;
+pub use over::{Over, OverLine};
 use parking_lot::Mutex;
 use proto::control::{ControlHandle, GoAway, Liveness};
 use proto::transport::Session;
@@ -38,6 +41,10 @@ pub struct LiveSession<S> {
     pub node_uid: Option<NodeUid>,
     /// The transport.
     pub transport: S,
+    /// The dedicated line that it goes over, by the agent's word.
+    pub line: Option<OverLine>,
+    /// Differs with each start of the agent.
+    pub instance: String,
     /// Name of the transport.
     pub kind: &'static str,
     /// When the agent was last heard.
@@ -82,6 +89,26 @@ impl<S: Session> LiveSession<S> {
         let doubted = self.doubt.is_there(|| self.transport.stats().received);
         let silent = self.is_suspect() || doubted;
         Rank::of(silent, self.going.load(Ordering::Relaxed))
+    }
+
+    /// How good it is, and over what: of those that are equal in both the newest is taken.
+    pub fn worth(&self) -> (Rank, Over) {
+        let rank = self.rank();
+        let silent = rank <= Rank::Silent;
+        let over = self.line.as_ref().map(|line| line.look(silent));
+        (rank, over.unwrap_or(Over::Internet))
+    }
+
+    /// The name of the line that it goes over.
+    pub fn line(&self) -> Option<&str> {
+        self.line.as_ref().map(OverLine::name)
+    }
+
+    /// Whether an older session of the agent is dead if it is silent now that this one has come: what carries this one
+    /// would carry its answer, unless it goes over something else. Of what an agent had before it started anew nothing is
+    /// left, whatever it went over.
+    pub fn tells_of(&self, older: &Self) -> bool {
+        self.line() == older.line() || self.instance != older.instance
     }
 }
 
@@ -197,7 +224,8 @@ impl<S: Session> Registry<S> {
         }
     }
 
-    /// The session for the next stream: healthy before suspect, staying before going, then the newest.
+    /// The session for the next stream: healthy before suspect, staying before going, a line
+    /// before the internet, then the newest.
     ///
     /// # Errors
     /// [`Absent`] when the agent has none.
@@ -207,7 +235,7 @@ impl<S: Session> Registry<S> {
             return Err(Absent::Never);
         };
         // `max_by_key` returns the last of equals: the newest.
-        let best = agent.sessions.iter().max_by_key(|session| session.rank());
+        let best = agent.sessions.iter().max_by_key(|session| session.worth());
         best.cloned()
             .ok_or_else(|| agent.lost.map_or(Absent::Never, Absent::Since))
     }

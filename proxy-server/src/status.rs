@@ -30,6 +30,9 @@ pub struct SessionStatus {
     pub session: String,
     /// The agent's address, as seen from here.
     pub remote: String,
+    /// The dedicated line that it goes over, by the agent's word.
+    #[serde(default)]
+    pub line: Option<String>,
     /// quic.
     pub transport: String,
     /// Round trip, milliseconds.
@@ -60,6 +63,7 @@ impl SessionStatus {
             server: server.to_owned(),
             session: session.id.to_string(),
             remote: session.transport.remote_address().to_string(),
+            line: session.line().map(str::to_owned),
             transport: session.kind.to_owned(),
             rtt_ms: ms(stats.rtt),
             loss: session.loss.lock().part(&stats),
@@ -93,6 +97,7 @@ pub fn table(sessions: &[SessionStatus]) -> String {
         "AGENT",
         "SESSION",
         "REMOTE",
+        "LINE",
         "TRANSPORT",
         "RTT",
         "STREAMS",
@@ -112,6 +117,7 @@ pub fn table(sessions: &[SessionStatus]) -> String {
             s.agent.clone(),
             s.session.clone(),
             s.remote.clone(),
+            s.line.clone().unwrap_or_else(|| "-".to_owned()),
             s.transport.clone(),
             format!("{:.1}ms", s.rtt_ms),
             s.streams.to_string(),
@@ -179,6 +185,7 @@ mod tests {
             server: "proxy".into(),
             session: "00".into(),
             remote: "198.51.100.2:4000".into(),
+            line: None,
             transport: "quic".into(),
             rtt_ms: 1.25,
             loss: None,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use daemon::Problems;
+use proto::LineName;
 use serde::{Deserialize, Serialize};
 
 use super::{Cidr, Config, Frontend, Mark};
@@ -255,9 +256,7 @@ impl Line {
         key: &str,
         problems: &mut Problems,
     ) {
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        let is_name =
-            !self.name.is_empty() && self.name.len() <= 63 && self.name.chars().all(plain);
+        let is_name = self.name.parse::<LineName>().is_ok();
         problems.check(
             is_name && self.name != ROUTE,
             format!("{key}.name"),

@@ -5,8 +5,7 @@
 //! | up, also before anything is known | a node: `fall` bad ones in a row; a line: at least two nodes that were well, and half of those that were up, lost within a minute | the line, the tunnel beside it after a while |
 //! | down | nothing but good ones over `stable`: of a node at least `rise`; of a line, of at least as many of its nodes as are still lost | the tunnel; the line if there is no session |
 //!
-//! What goes down again before it has held for ten times `stable` is waited for twice as long the next time, up to sixteen
-//! times. So a line that bounces does not lead requests back and forth: the way out is quick, the way back is not.
+//! What bounces is waited for ever longer: see [`gate`](super::gate).
 //!
 //! A node that was down before says nothing of its line, nor one that was never well, nor any longer one that has been down
 //! for a minute and `stable`: nodes are switched off for the weekend. The routes of this machine (line `route`) lead to all
@@ -17,14 +16,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::gate::Gate;
 use crate::config::{PathSettings, ROUTE};
 
 /// What is lost within this was lost at once.
 const AT_ONCE: Duration = Duration::from_secs(60);
-/// It has held after so many times `stable`.
-const HELD: u32 = 10;
-/// So often the wait is doubled.
-const DOUBLED: u32 = 4;
 /// A new round trip counts for one part in so many.
 const SMOOTH: u32 = 8;
 
@@ -35,51 +31,6 @@ pub(crate) enum Evidence {
     Good(Duration),
     /// It did not.
     Bad,
-}
-
-/// Something that is up or down.
-#[derive(Debug, Clone, Copy)]
-struct Gate {
-    is_up: bool,
-    /// Since when.
-    since: Instant,
-    /// While it is down: since when all is well again.
-    well: Option<Instant>,
-    /// How often the wait is doubled.
-    doubled: u32,
-    /// It has been down before.
-    has_returned: bool,
-}
-
-impl Gate {
-    const fn new(now: Instant) -> Self {
-        Self {
-            is_up: true,
-            since: now,
-            well: None,
-            doubled: 0,
-            has_returned: false,
-        }
-    }
-
-    fn fall(&mut self, now: Instant, stable: Duration) {
-        let too_soon = now.duration_since(self.since) < stable * HELD;
-        self.doubled = match self.has_returned && too_soon {
-            true => (self.doubled + 1).min(DOUBLED),
-            false => 0,
-        };
-        (self.is_up, self.since, self.well) = (false, now, None);
-    }
-
-    /// Whether it is up again, all being well.
-    fn rise(&mut self, now: Instant, stable: Duration) -> bool {
-        let well = *self.well.get_or_insert(now);
-        if now.duration_since(well) < stable * (1 << self.doubled) {
-            return false;
-        }
-        (self.is_up, self.since, self.has_returned) = (true, now, true);
-        true
-    }
 }
 
 /// What is known of a node on a line.

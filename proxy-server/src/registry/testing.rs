@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use proto::SessionId;
@@ -12,10 +12,21 @@ use proto::transport::memory::{self, MemorySession};
 use proto::wire::{Limits, Offer};
 use tokio::time::Instant;
 
-use super::{Doubt, LiveSession, Loss};
+use super::{Doubt, LiveSession, Loss, OverLine};
 
 /// A session of that agent, and its far end.
 pub(crate) async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, MemorySession) {
+    live_over(agent, None).await
+}
+
+/// A line's name, and for how long it must be well.
+pub(crate) type Line<'a> = (&'a str, Duration);
+
+/// As [`live`], over a line.
+pub(crate) async fn live_over(
+    agent: &str,
+    line: Option<Line<'_>>,
+) -> (Arc<LiveSession<MemorySession>>, MemorySession) {
     let (server, client) = memory::pair(1 << 16, 8);
     let offer: Offer = Offer {
         agent: agent.parse().unwrap(),
@@ -40,6 +51,8 @@ pub(crate) async fn live(agent: &str) -> (Arc<LiveSession<MemorySession>>, Memor
         agent: agent.parse().unwrap(),
         node_uid: None,
         transport: server,
+        line: line.map(|(name, stable)| OverLine::new(name.parse().unwrap(), stable)),
+        instance: String::new(),
         kind: "memory",
         liveness: Liveness::new(Keepalive::default()),
         control: control.handle(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proto::transport::memory::MemorySession;
 
-use super::testing::live;
+use super::testing::{live, live_over};
 use super::*;
 
 #[tokio::test(start_paused = true)]
@@ -46,6 +46,65 @@ async fn the_newest_healthy_session_is_picked_and_older_ones_are_kept() {
     old_guard.lost(lost);
     assert_eq!(registry.pick(&name).unwrap_err(), Absent::Since(lost));
     assert!(registry.knows(&name) && registry.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_over_a_line_goes_before_newer_ones_while_the_line_is_well() {
+    let registry = Registry::default();
+    let name = "edge1".parse().unwrap();
+    let picked = || registry.pick(&name).unwrap().id;
+    // So that keepalives are not missed meanwhile.
+    let stable = Duration::from_secs(10);
+    let (line, _a) = live_over("edge1", Some(("express", stable))).await;
+    let _line = registry.register(Arc::clone(&line));
+    let (internet, _b) = live("edge1").await;
+    let guard = registry.register(Arc::clone(&internet));
+    assert_eq!(picked(), line.id, "though the other is newer");
+    let (newer, _c) = live_over("edge1", Some(("vpn", stable))).await;
+    let newer_guard = registry.register(Arc::clone(&newer));
+    assert_eq!(picked(), newer.id, "of two over lines the newest");
+    drop(newer_guard);
+
+    line.going.store(true, Ordering::Relaxed);
+    assert_eq!(picked(), internet.id, "staying before going");
+    line.going.store(false, Ordering::Relaxed);
+    assert_eq!(picked(), line.id);
+
+    // A request finds it silent: the other goes first at once, and for a while after it is heard again.
+    line.doubt.raise(u64::MAX - 1);
+    assert_eq!(picked(), internet.id);
+    tokio::time::advance(stable).await;
+    assert_eq!(picked(), internet.id, "it is silent still");
+    assert!(!line.doubt.is_there(|| u64::MAX), "it is heard");
+    assert_eq!(picked(), internet.id, "not stable");
+    tokio::time::advance(stable - Duration::from_millis(1)).await;
+    assert_eq!(picked(), internet.id, "not quite");
+    tokio::time::advance(Duration::from_millis(1)).await;
+    assert_eq!(picked(), line.id);
+
+    tokio::time::advance(Duration::from_secs(31)).await;
+    assert_eq!(picked(), internet.id, "both are suspect");
+    drop(guard);
+    assert_eq!(picked(), line.id, "shaky, and the only one");
+}
+
+#[tokio::test]
+async fn a_newer_session_tells_of_older_ones_on_its_way_and_of_an_earlier_process() {
+    let over = |line: Option<&'static str>, instance: &'static str| async move {
+        let line = line.map(|name| (name, Duration::from_secs(30)));
+        let (live, _end) = live_over("edge1", line).await;
+        let mut live = Arc::into_inner(live).unwrap();
+        instance.clone_into(&mut live.instance);
+        live
+    };
+    let ways = [None, Some("express"), Some("vpn")];
+    for older in ways {
+        for newer in ways {
+            let (old, same) = (over(older, "a").await, over(newer, "a").await);
+            assert_eq!(same.tells_of(&old), older == newer, "{older:?} {newer:?}");
+            assert!(over(newer, "b").await.tells_of(&old));
+        }
+    }
 }
 
 /// What someone who is told everything believes.

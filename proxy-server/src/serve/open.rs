@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::error::Refusal;
 use crate::peer::PeerSession;
-use crate::registry::{Doubt, LiveSession, Rank};
+use crate::registry::{Doubt, LiveSession};
 
 /// The agent's own limit for a dial; asking for more is no use (docs/protocol.md section 5).
 const AGENT_DIAL: Duration = Duration::from_secs(10);
@@ -59,10 +59,11 @@ impl Way {
         }
     }
 
-    pub(super) fn rank(&self) -> Rank {
+    /// The dedicated line that it goes over, as far as is known here.
+    pub(crate) fn line(&self) -> Option<&str> {
         match self {
-            Self::Agent(session) => session.rank(),
-            Self::Peer(session) => session.rank(),
+            Self::Agent(session) => session.line(),
+            Self::Peer(_) => None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! To the edge: which session is tried, in which order, and which beside another.
 //!
 //! A healthy session of the agent here goes before one at another server, then those that are to go, then those that are
-//! silent; among servers the newest announcement goes first. The next way is tried when one has failed without a byte of
+//! silent; of several here one over a dedicated line goes first, then the newest, and among servers the newest announcement. The next way is tried when one has failed without a byte of
 //! the request on its way, and *beside* one whose transport gives no sign of life at all within a few round trips: a
 //! live one acknowledges the header at once, however long the dial takes. A server that is alive and does not answer is
 //! given three seconds more. The first answer counts; what it leaves behind
@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep};
 
 use super::Forwarder;
 use super::open::{Ask, Failure, Stream, Way, open_on};
-use crate::registry::Absent;
+use crate::registry::{Absent, Over};
 
 /// Ways that are tried for a request: an agent has two or three, and a few that are false may be in front of them.
 const TRIES: usize = 8;
@@ -113,18 +113,19 @@ impl Forwarder {
 
     /// The best way that was not tried yet.
     fn next_way(&self, ask: &Ask, reach: Reach, tried: &[Way]) -> Option<Way> {
-        let here = self.registry.of(&ask.agent).into_iter().map(Way::Agent);
         // The registry has the oldest first.
-        let here = here
-            .zip(0_u64..)
-            .map(|(way, age)| (way.rank(), true, age, way));
+        let here = self.registry.of(&ask.agent).into_iter().zip(0_u64..);
+        let here = here.map(|(session, age)| {
+            let (rank, over) = session.worth();
+            (rank, true, (over, age), Way::Agent(session))
+        });
         let there = match reach {
             Reach::Here => Vec::new(),
             Reach::Anywhere => self.peers.with_session_of(&ask.agent),
         };
         let there = there
             .into_iter()
-            .map(|(rank, number, peer)| (rank, false, number, Way::Peer(peer)));
+            .map(|(rank, number, peer)| (rank, false, (Over::Internet, number), Way::Peer(peer)));
         here.chain(there)
             .filter(|(.., way)| !tried.iter().any(|other| other.is(way)))
             .max_by_key(|(rank, is_here, order, _)| (*rank, *is_here, *order))

@@ -238,10 +238,11 @@ pub fn lines(told: &Explained) -> String {
 }
 
 fn sessions(told: &Explained) -> String {
-    let here = told
-        .sessions
-        .iter()
-        .map(|it| format!("here ({} ms{})", it.rtt_ms, lost(it.loss)));
+    let here = told.sessions.iter().map(|it| {
+        let over = it.line.as_ref();
+        let over = over.map_or_else(String::new, |line| format!("over line {line} "));
+        format!("here {over}({} ms{})", it.rtt_ms, lost(it.loss))
+    });
     let there = told.servers.iter().map(|server| format!("at {server}"));
     let all: Vec<_> = here.chain(there).collect();
     if all.is_empty() {

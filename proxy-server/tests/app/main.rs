@@ -23,6 +23,7 @@ mod hostile;
 mod intercept;
 mod konnectivity;
 mod line;
+mod over_line;
 mod paths;
 mod peers;
 mod pods;

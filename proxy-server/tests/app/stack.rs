@@ -1,5 +1,6 @@
 //! A running proxy-server and agents, in this process; everything ends with [`Stack::stop`].
 
+use std::fmt::Display;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -186,7 +187,7 @@ impl Stack {
     }
 
     /// As [`Stack::agent`], with sessions to several servers. It enrols where its token is from, so this one is first.
-    pub(crate) fn agent_of(&mut self, name: &str, servers: &[SocketAddr], more: &str) {
+    pub(crate) fn agent_of(&mut self, name: &str, servers: &[impl Display], more: &str) {
         use secrecy::ExposeSecret as _;
         let token = self.token(1).expose();
         let (token, pin) = (token.expose_secret(), self.issuer().pin());
@@ -199,7 +200,7 @@ impl Stack {
         self.agent_with(name, &[self.backend], join, more);
     }
 
-    fn agent_with(&mut self, name: &str, servers: &[SocketAddr], join: &str, more: &str) {
+    fn agent_with(&mut self, name: &str, servers: &[impl Display], join: &str, more: &str) {
         let servers: Vec<_> = servers.iter().map(|server| format!("'{server}'")).collect();
         let servers = servers.join(", ");
         let text = format!(
