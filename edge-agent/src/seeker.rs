@@ -70,13 +70,16 @@ fn pause(attempts: u32, random: f64) -> Duration {
 pub(crate) struct Seeker {
     shared: Connector,
     attempts: u32,
+    /// Which address is next.
+    turn: usize,
 }
 
 impl Seeker {
-    pub(crate) const fn new(shared: Connector) -> Self {
+    pub(crate) fn new(shared: Connector) -> Self {
         Self {
             shared,
             attempts: 0,
+            turn: rand::random::<u32>() as usize,
         }
     }
 
@@ -138,15 +141,15 @@ impl Seeker {
     }
 
     /// `None` without an address, or without a certificate that is valid: the supervisors see to both.
-    async fn attempt(&self) -> Option<Result<Arc<Live>, OpenError>> {
+    async fn attempt(&mut self) -> Option<Result<Arc<Live>, OpenError>> {
         let terms = &self.shared.terms;
         if terms.own.credential.not_after().as_secs() <= terms.own.clock.now().as_secs() {
             return None;
         }
         let wanted: Vec<Candidate> = self.shared.candidates.refresh().await.into_iter().collect();
-        // Any of them.
-        let any = rand::random::<u32>() as usize;
-        let way = wanted.get(any.checked_rem(wanted.len())?)?;
+        // One after the other: behind that of a line there is mostly one server, and that has a session.
+        self.turn = self.turn.wrapping_add(1);
+        let way = wanted.get(self.turn.checked_rem(wanted.len())?)?;
         let held = |server: &ServerName| {
             let standings = terms.registry.standings();
             standings

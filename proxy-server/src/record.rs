@@ -75,8 +75,10 @@ pub struct StreamRecord {
     pub session: String,
     /// The other server, if it goes through one.
     pub via: String,
-    /// The line that it is dialled by, or that the agent's session goes over.
-    pub line: Option<String>,
+    /// The line, if it is dialled by one.
+    pub line: Option<Arc<Line>>,
+    /// The line that the agent's session goes over. The agent's word: logged, and no label of metrics.
+    over: Option<String>,
     /// What moved.
     pub counters: Arc<Counters>,
     started: Instant,
@@ -101,6 +103,7 @@ impl StreamRecord {
             session: String::new(),
             via: String::new(),
             line: None,
+            over: None,
             counters: Arc::default(),
             started: Instant::now(),
             answered: None,
@@ -112,7 +115,8 @@ impl StreamRecord {
     /// The way that is tried now, or that counts in the end.
     pub(crate) fn tried(&mut self, way: &Way) {
         self.session = way.id();
-        self.line = way.line().map(str::to_owned);
+        self.line = None;
+        self.over = way.line().map(str::to_owned);
         (self.path, self.via) = match way {
             Way::Agent(_) => (Path::Tunnel, String::new()),
             Way::Peer(peer) => (Path::Peer, peer.server.to_string()),
@@ -120,11 +124,12 @@ impl StreamRecord {
     }
 
     /// The line that is tried now, or that counts in the end.
-    pub(crate) fn tried_line(&mut self, line: &Line) {
+    pub(crate) fn tried_line(&mut self, line: &Arc<Line>) {
         self.path = Path::Direct;
         self.session.clear();
         self.via.clear();
-        self.line = Some(line.name.clone());
+        self.line = Some(Arc::clone(line));
+        self.over = None;
     }
 
     /// The destination answered.
@@ -153,6 +158,8 @@ impl Drop for StreamRecord {
         let dial = self
             .answered
             .map(|at| at.duration_since(self.started).as_millis());
+        let line = self.line.as_ref().map(|line| line.name.as_str());
+        let line = line.or(self.over.as_deref());
         tracing::info!(
             target: "access",
             frontend = self.frontend,
@@ -163,7 +170,7 @@ impl Drop for StreamRecord {
             path = self.path.label(),
             session = self.session,
             via = self.via,
-            line = self.line,
+            line,
             reason = self.outcome.label(),
             said = self.sentence,
             to_edge,

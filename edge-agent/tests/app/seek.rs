@@ -194,3 +194,31 @@ fn two_listed_servers_are_enough() {
         two.stop().await;
     });
 }
+
+#[test]
+fn a_server_reached_over_a_line_as_well_is_still_one() {
+    scenario(
+        "seek::a_server_reached_over_a_line_as_well_is_still_one",
+        async {
+            let ca = TestCa::new();
+            let mut one = Server::one_of(&ca, "s1", 2).await;
+            let mut two = Server::one_of(&ca, "s2", 2).await;
+            let balancer = Balancer::before(vec![one.address, two.address]).await;
+            let mut settings = Settings::new(&ca, &[]);
+            settings.servers = vec![
+                format!("express={}", one.address),
+                balancer.address.to_string(),
+            ];
+            let agent = settings.start();
+            let sessions = [one.session().await, one.session().await];
+            let second = two.session().await;
+            agent.has_sessions(3).await;
+            assert_eq!(second.hello.line, "", "over the internet");
+            agent.stopped().await;
+            drop((sessions, second));
+            one.stop().await;
+            two.stop().await;
+            balancer.tasks.drain(Duration::ZERO).await;
+        },
+    );
+}

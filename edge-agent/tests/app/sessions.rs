@@ -9,7 +9,9 @@ use proto::Reason;
 use proto::transport::Session;
 use tokio::time::Instant;
 
-use crate::harness::{Destination, Server, Settings, eventually, metric, read_to_end, scenario};
+use crate::harness::{
+    Destination, Peer, Server, Settings, eventually, metric, read_to_end, scenario,
+};
 
 #[test]
 fn a_server_that_went_away_is_reached_again() {
@@ -54,15 +56,11 @@ fn two_addresses_of_one_server_are_one_session() {
         "sessions::two_addresses_of_one_server_are_one_session",
         async {
             let ca = TestCa::new();
-            let mut server = Server::at(&ca, "s1", "[::]:0".parse().unwrap()).await;
+            let (mut server, port) = twice(&ca).await;
             let mut settings = Settings::new(&ca, &[]);
-            let port = server.address.port();
             settings.servers = vec![format!("127.0.0.1:{port}"), format!("[::1]:{port}")];
             let agent = settings.start();
-            let mut first = server.session().await;
-            let second = server.session().await;
-            assert_eq!(first.told().await.reason, Reason::Replaced);
-            assert_eq!(first.closed().await, Reason::Replaced);
+            let (first, second) = one_gives_way(&mut server).await;
             agent.has_sessions(1).await;
 
             // The one that gave way takes over when the other is gone.
@@ -71,6 +69,164 @@ fn two_addresses_of_one_server_are_one_session() {
             agent.has_sessions(1).await;
             agent.stopped().await;
             drop((first, second, third));
+            server.stop().await;
+        },
+    );
+}
+
+/// The next two sessions, of which the first gives way to the second. In which order the server sees them is another matter.
+async fn one_gives_way(server: &mut Server) -> (Peer, Peer) {
+    let (mut one, mut other) = (server.session().await, server.session().await);
+    let (away, (first, second)) = tokio::select! {
+        away = one.told() => (away, (one, other)),
+        away = other.told() => (away, (other, one)),
+    };
+    assert_eq!(away.reason, Reason::Replaced);
+    assert_eq!(first.closed().await, Reason::Replaced);
+    (first, second)
+}
+
+/// A server at two addresses of loopback, `127.0.0.1` and `[::1]`.
+async fn twice(ca: &TestCa) -> (Server, u16) {
+    let server = Server::at(ca, "s1", "[::]:0".parse().unwrap()).await;
+    let port = server.address.port();
+    (server, port)
+}
+
+#[test]
+fn one_server_has_a_session_over_the_internet_and_one_over_the_line() {
+    scenario(
+        "sessions::one_server_has_a_session_over_the_internet_and_one_over_the_line",
+        async {
+            let ca = TestCa::new();
+            let (mut server, port) = twice(&ca).await;
+            let mut settings = Settings::new(&ca, &[]);
+            settings.servers = vec![format!("127.0.0.1:{port}"), format!("express=[::1]:{port}")];
+            let agent = settings.start();
+            let destination = Destination::new().await;
+            let address = destination.address.to_string();
+            let (one, other) = (server.session().await, server.session().await);
+            let (line, internet) = match one.hello.line.as_str() {
+                "express" => (one, other),
+                _ => (other, one),
+            };
+            assert_eq!((&*line.hello.line, &*internet.hello.line), ("express", ""));
+            assert_eq!(line.hello.instance, internet.hello.instance);
+            agent.has_sessions(2).await;
+            agent.counts("corvid_sessions_over_lines", 1.0).await;
+            let held = line.connect(&address).await;
+            let dialled = destination.accept().await;
+
+            // Each is kept for itself: the other's end is nothing to it.
+            internet.session.close(Reason::Internal);
+            let internet = server.session().await;
+            internet.go_away(Reason::Draining, Duration::ZERO);
+            let newest = server.session().await;
+            for again in [&internet, &newest] {
+                assert_eq!(again.hello.line, "");
+            }
+            assert_eq!(internet.closed().await, Reason::Replaced);
+            let sessions = agent.sessions().await;
+            let over_line: Vec<_> = sessions
+                .iter()
+                .filter_map(|it| it.line.as_deref())
+                .collect();
+            assert_eq!(over_line, ["express"]);
+            drop(line.connect(&address).await);
+            drop(destination.accept().await);
+            agent.stopped().await;
+            drop((held, dialled, line, internet, newest));
+            server.stop().await;
+        },
+    );
+}
+
+#[test]
+fn two_addresses_over_one_line_are_one_session_over_it() {
+    scenario(
+        "sessions::two_addresses_over_one_line_are_one_session_over_it",
+        async {
+            let ca = TestCa::new();
+            let (mut server, port) = twice(&ca).await;
+            let mut settings = Settings::new(&ca, &[]);
+            settings.servers = vec![
+                format!("express=127.0.0.1:{port}"),
+                format!("express=[::1]:{port}"),
+            ];
+            let agent = settings.start();
+            let (first, second) = one_gives_way(&mut server).await;
+            agent.has_sessions(1).await;
+            second.session.close(Reason::Internal);
+            let third = server.session().await;
+            assert_eq!(third.hello.line, "express");
+            agent.has_sessions(1).await;
+            agent.stopped().await;
+            drop((first, second, third));
+            server.stop().await;
+        },
+    );
+}
+
+#[test]
+fn an_address_that_is_said_to_be_on_a_line_moves_there_without_a_gap() {
+    scenario(
+        "sessions::an_address_that_is_said_to_be_on_a_line_moves_there_without_a_gap",
+        async {
+            let ca = TestCa::new();
+            let mut server = Server::new(&ca, "s1").await;
+            let mut settings = Settings::new(&ca, &[&server]);
+            let agent = settings.start();
+            let mut before = server.session().await;
+            assert_eq!(before.hello.line, "");
+            settings.servers = vec![format!("express={}", server.address)];
+            settings.write();
+            let mut over_line = server.session().await;
+            assert_eq!(over_line.hello.line, "express");
+            assert_eq!(before.told().await.reason, Reason::Replaced);
+            assert_eq!(before.closed().await, Reason::Replaced);
+            agent.has_sessions(1).await;
+
+            // And back.
+            settings.servers = vec![server.address.to_string()];
+            settings.write();
+            let after = server.session().await;
+            assert_eq!(after.hello.line, "");
+            assert_eq!(over_line.told().await.reason, Reason::Replaced);
+            agent.has_sessions(1).await;
+            agent.stopped().await;
+            drop((before, over_line, after));
+            server.stop().await;
+        },
+    );
+}
+
+#[test]
+fn an_agent_whose_line_never_answers_is_ready_all_the_same() {
+    scenario(
+        "sessions::an_agent_whose_line_never_answers_is_ready_all_the_same",
+        async {
+            let ca = TestCa::new();
+            let dead = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let mut server = Server::new(&ca, "s1").await;
+            let mut settings = Settings::new(&ca, &[&server]);
+            let address = dead.local_addr().unwrap();
+            settings.servers.insert(0, format!("express={address}"));
+            let begin = Instant::now();
+            let agent = settings.start();
+            let peer = server.session().await;
+            eventually("ready", async || {
+                agent.is_ready().await.then_some(()).ok_or(())
+            })
+            .await;
+            // What is waited for is given up after 10 s.
+            assert!(begin.elapsed() < Duration::from_secs(8));
+            // It goes on being tried, and that costs the other nothing.
+            let tried = "corvid_reconnects_total{reason=\"unreachable\"}";
+            agent.counts(tried, 1.0).await;
+            assert!(agent.is_ready().await);
+            agent.has_sessions(1).await;
+            agent.stopped().await;
+            drop(peer);
             server.stop().await;
         },
     );
