@@ -1,10 +1,11 @@
 //! A bad line: a forwarder of UDP and TCP between two namespaces with delay, loss, reordering, cuts and new source addresses.
 //!
 //! Many kernels have no `tc netem`, so the line is a thread of the test process with its sockets in the namespaces.
-//! An agent dials [`Link::addr`] in place of the server's address. Chance comes from a seed. Queues are bounded: what does
+//! An agent dials [`Link::addr`] in place of the server's address; an [`IpLink`] is an interface at each end, and carries whatever is routed there. Chance comes from a seed. Queues are bounded: what does
 //! not fit is lost for UDP, as in a router, and waits for TCP. It never changes a byte.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,8 +19,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::net::Host;
 
+mod ip;
+mod late;
 mod tcp;
 mod udp;
+
+pub use ip::IpLink;
 
 /// Buffers of the sockets: a burst of the sender must not be lost here unless the scenario wants it.
 const SOCKET_BUFFER: usize = 4 << 20;
@@ -37,7 +42,7 @@ pub struct Weather {
     pub late: Duration,
 }
 
-/// What the line did so far, in datagrams.
+/// What the line did so far, in datagrams or packets.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Counts {
     /// Passed on.
@@ -56,8 +61,7 @@ pub struct Link {
     addr: SocketAddr,
     sky: Arc<Sky>,
     rebind: mpsc::Sender<Rebind>,
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<Result<()>>>,
+    _runs: Runs,
 }
 
 /// A new source address for all that goes to the server, and where to say that it is done.
@@ -66,9 +70,9 @@ struct Rebind {
     done: std::sync::mpsc::SyncSender<Result<()>>,
 }
 
-/// What the test sets while the line runs.
+/// What the test sets while a line runs, and sees of it.
 #[derive(Debug)]
-struct Sky {
+pub struct Sky {
     state: Mutex<State>,
     cut: watch::Sender<bool>,
 }
@@ -100,39 +104,22 @@ impl Link {
             .with_context(|| format!("a link at {listen}"))?;
         SockRef::from(&udp).set_recv_buffer_size(SOCKET_BUFFER)?;
         let addr = udp.local_addr()?;
-        let state = State {
-            weather: Weather::default(),
-            random: SmallRng::seed_from_u64(seed),
-            counts: Counts::default(),
-        };
-        let sky = Arc::new(Sky {
-            state: Mutex::new(state),
-            cut: watch::Sender::new(false),
-        });
+        let sky = Sky::new(seed);
         // One at a time: the test waits for each.
         let (rebind, rebinds) = mpsc::channel(1);
-        let (stop, stopped) = oneshot::channel();
         let (far, skies) = (far.clone(), Arc::clone(&sky));
-        let thread = std::thread::spawn(move || -> Result<()> {
+        let runs = Runs::start(format!("link {addr}"), async move {
             far.join()?;
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()?;
-            runtime.block_on(async {
-                tokio::select! {
-                    // A dropped sender is a dropped link too.
-                    _ = stopped => Ok(()),
-                    ended = udp::run(udp, to, Arc::clone(&skies), rebinds) => ended,
-                    ended = tcp::run(tcp, to, skies) => ended,
-                }
-            })
+            tokio::select! {
+                ended = udp::run(udp, to, Arc::clone(&skies), rebinds) => ended,
+                ended = tcp::run(tcp, to, skies) => ended,
+            }
         });
         Ok(Self {
             addr,
             sky,
             rebind,
-            stop: Some(stop),
-            thread: Some(thread),
+            _runs: runs,
         })
     }
 
@@ -140,21 +127,6 @@ impl Link {
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
-    }
-
-    /// Changes what the line does from now on.
-    pub fn weather(&self, weather: Weather) {
-        self.sky.state.lock().weather = weather;
-    }
-
-    /// Lets nothing through any more, and tells nobody.
-    pub fn cut(&self) {
-        self.sky.cut.send_replace(true);
-    }
-
-    /// Undoes [`Link::cut`].
-    pub fn heal(&self) {
-        self.sky.cut.send_replace(false);
     }
 
     /// Gives all UDP flows new source ports at the server's side, at `ip`, as a NAT box does that has forgotten its table or
@@ -171,15 +143,48 @@ impl Link {
             .with_context(gone)?;
         rebound.recv().ok().with_context(gone)?
     }
+}
 
-    /// What it did so far.
-    #[must_use]
-    pub fn counts(&self) -> Counts {
-        self.sky.state.lock().counts
+impl Deref for Link {
+    type Target = Sky;
+
+    fn deref(&self) -> &Sky {
+        &self.sky
     }
 }
 
-impl Drop for Link {
+/// The thread of a line; it ends when this is dropped.
+#[derive(Debug)]
+struct Runs {
+    what: String,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Runs {
+    fn start(what: String, run: impl Future<Output = Result<()>> + Send + 'static) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::spawn(move || -> Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(async {
+                tokio::select! {
+                    // A dropped sender is a dropped line too.
+                    _ = stopped => Ok(()),
+                    ended = run => ended,
+                }
+            })
+        });
+        Self {
+            what,
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Runs {
     #[expect(
         clippy::print_stderr,
         reason = "a line that broke by itself explains what failed after"
@@ -188,14 +193,48 @@ impl Drop for Link {
         self.stop.take(); // the thread ends when this sender is gone
         let ended = self.thread.take().map(JoinHandle::join);
         match ended {
-            Some(Ok(Err(error))) => eprintln!("link {}: {error:#}", self.addr),
-            Some(Err(_)) => eprintln!("link {}: its thread panicked", self.addr),
+            Some(Ok(Err(error))) => eprintln!("{}: {error:#}", self.what),
+            Some(Err(_)) => eprintln!("{}: its thread panicked", self.what),
             Some(Ok(Ok(()))) | None => {}
         }
     }
 }
 
 impl Sky {
+    /// A clear one.
+    fn new(seed: u64) -> Arc<Self> {
+        let state = State {
+            weather: Weather::default(),
+            random: SmallRng::seed_from_u64(seed),
+            counts: Counts::default(),
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            cut: watch::Sender::new(false),
+        })
+    }
+
+    /// Changes what the line does from now on.
+    pub fn weather(&self, weather: Weather) {
+        self.state.lock().weather = weather;
+    }
+
+    /// Lets nothing through any more, and tells nobody.
+    pub fn cut(&self) {
+        self.cut.send_replace(true);
+    }
+
+    /// Undoes [`Sky::cut`].
+    pub fn heal(&self) {
+        self.cut.send_replace(false);
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.state.lock().counts
+    }
+
     /// How long the next datagram takes; `None` when it does not arrive.
     fn fate(&self) -> Option<Duration> {
         let mut state = self.state.lock();
@@ -220,12 +259,21 @@ impl Sky {
         Some(delay)
     }
 
+    fn is_cut(&self) -> bool {
+        *self.cut.borrow()
+    }
+
     fn dropped(&self) {
         self.state.lock().counts.dropped += 1;
     }
 
-    fn forwarded(&self) {
-        self.state.lock().counts.forwarded += 1;
+    /// Counts one at its end.
+    fn arrived(&self, is_whole: bool) {
+        let counts = &mut self.state.lock().counts;
+        *match is_whole {
+            true => &mut counts.forwarded,
+            false => &mut counts.dropped,
+        } += 1;
     }
 
     fn delay(&self) -> Duration {

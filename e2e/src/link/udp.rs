@@ -1,18 +1,16 @@
 //! The UDP side: one socket towards the server for each source address at the near end, as a NAT box has one port for each.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use parking_lot::Mutex;
 use socket2::SockRef;
 use tokio::net::UdpSocket;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
 
+use super::late::Late;
 use super::{Rebind, SOCKET_BUFFER, Sky};
 
 /// Datagrams under way, both directions together: 100 Mbit/s for 200 ms and some more. What comes when it is full is lost.
@@ -35,8 +33,7 @@ pub(super) async fn run(
         near,
         to,
         sky,
-        late: Mutex::default(),
-        more: Notify::new(),
+        late: Late::new(QUEUE),
     });
     tokio::select! {
         ended = line.take_all(rebinds) => ended,
@@ -94,19 +91,10 @@ struct Line {
     near: Arc<UdpSocket>,
     to: SocketAddr,
     sky: Arc<Sky>,
-    late: Mutex<Late>,
-    more: Notify,
+    late: Late<Datagram>,
 }
 
-#[derive(Default)]
-struct Late {
-    heap: BinaryHeap<Reverse<Datagram>>,
-    count: u64,
-}
-
-/// Ordered by the time of its arrival; equal times in the order of departure.
 struct Datagram {
-    due: (Instant, u64),
     bytes: Vec<u8>,
     by: Arc<UdpSocket>,
     to: SocketAddr,
@@ -154,84 +142,23 @@ impl Line {
         let Some(delay) = self.sky.fate() else {
             return;
         };
-        let mut late = self.late.lock();
-        if late.heap.len() == QUEUE {
-            self.sky.dropped();
-            return;
-        }
-        late.count += 1;
-        let due = (Instant::now() + delay, late.count);
-        late.heap.push(Reverse(Datagram {
-            due,
+        let datagram = Datagram {
             bytes: bytes.to_vec(),
             by: Arc::clone(by),
             to,
-        }));
-        self.more.notify_one();
+        };
+        if !self.late.add(delay, datagram) {
+            self.sky.dropped();
+        }
     }
 
     /// Hands over what is due, for ever.
     async fn deliver(&self) {
         loop {
-            let next = self.late.lock().heap.peek().map(|first| first.0.due.0);
-            match next {
-                None => self.more.notified().await,
-                Some(next) => {
-                    // Something that came later may be due before.
-                    tokio::select! {
-                        () = sleep_until(next) => self.hand_over().await,
-                        () = self.more.notified() => {}
-                    }
-                }
-            }
-        }
-    }
-
-    async fn hand_over(&self) {
-        let now = Instant::now();
-        while let Some(datagram) = self.due(now) {
-            let cut = *self.sky.cut.borrow();
+            let Datagram { bytes, by, to } = self.late.next().await;
             // A host that is down answers with ICMP, which shows here; it loses the datagram and not the line.
-            if !cut
-                && datagram
-                    .by
-                    .send_to(&datagram.bytes, datagram.to)
-                    .await
-                    .is_ok()
-            {
-                self.sky.forwarded();
-            } else {
-                self.sky.dropped();
-            }
+            let is_sent = !self.sky.is_cut() && by.send_to(&bytes, to).await.is_ok();
+            self.sky.arrived(is_sent);
         }
-    }
-
-    fn due(&self, now: Instant) -> Option<Datagram> {
-        let mut late = self.late.lock();
-        let first = late.heap.peek()?;
-        if first.0.due.0 > now {
-            return None;
-        }
-        late.heap.pop().map(|first| first.0)
-    }
-}
-
-impl PartialEq for Datagram {
-    fn eq(&self, other: &Self) -> bool {
-        self.due == other.due
-    }
-}
-
-impl Eq for Datagram {}
-
-impl PartialOrd for Datagram {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Datagram {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.due.cmp(&other.due)
     }
 }

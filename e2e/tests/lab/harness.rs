@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
-use e2e::link::{Link, Weather};
+use e2e::link::{IpLink, Link, Weather};
 use e2e::net::Host;
 use e2e::process::Spawn;
 use e2e::{lab, wait};
@@ -69,7 +69,7 @@ fn edges_with_the_same_address_get_out_and_nobody_gets_in_unasked() {
 }
 
 /// Sends numbered datagrams through a line and returns them as they arrive, with the time of each in milliseconds.
-fn across(link: &Link, edge: &Host, cloud: &UdpSocket, count: u32) -> Result<Vec<(u32, u128)>> {
+fn across(to: SocketAddr, edge: &Host, cloud: &UdpSocket, count: u32) -> Result<Vec<(u32, u128)>> {
     let inside = socket(edge, "0.0.0.0:0", SOON)?;
     cloud.set_read_timeout(Some(Duration::from_millis(700)))?;
     let start = Instant::now();
@@ -84,7 +84,7 @@ fn across(link: &Link, edge: &Host, cloud: &UdpSocket, count: u32) -> Result<Vec
             seen
         });
         for number in 0..count {
-            inside.send_to(&number.to_be_bytes(), link.addr())?;
+            inside.send_to(&number.to_be_bytes(), to)?;
         }
         reader
             .join()
@@ -107,10 +107,10 @@ fn a_line_delays_loses_reorders_and_can_be_cut() {
         )?;
         // While hosts look for each other's hardware address, only some datagrams wait.
         ensure!(
-            across(&link, &edge, &cloud, 1)?.len() == 1,
+            across(link.addr(), &edge, &cloud, 1)?.len() == 1,
             "the first datagram is lost"
         );
-        let clear = across(&link, &edge, &cloud, 300)?;
+        let clear = across(link.addr(), &edge, &cloud, 300)?;
         let numbers: Vec<_> = clear.iter().map(|(number, _)| *number).collect();
         ensure!(
             numbers.iter().copied().eq(0..300),
@@ -122,7 +122,7 @@ fn a_line_delays_loses_reorders_and_can_be_cut() {
             ..Weather::default()
         };
         link.weather(slow);
-        let late = across(&link, &edge, &cloud, 100)?;
+        let late = across(link.addr(), &edge, &cloud, 100)?;
         ensure!(
             late.len() == 100 && late.iter().all(|(_, ms)| (200..600).contains(ms)),
             "{late:?}"
@@ -134,7 +134,7 @@ fn a_line_delays_loses_reorders_and_can_be_cut() {
             late: Duration::from_millis(50),
             ..slow
         });
-        let rough = across(&link, &edge, &cloud, 300)?;
+        let rough = across(link.addr(), &edge, &cloud, 300)?;
         ensure!(
             (200..280).contains(&rough.len()),
             "{} of 300 arrived",
@@ -155,15 +155,65 @@ fn a_line_delays_loses_reorders_and_can_be_cut() {
 
         link.cut();
         ensure!(
-            across(&link, &edge, &cloud, 10)?.is_empty(),
+            across(link.addr(), &edge, &cloud, 10)?.is_empty(),
             "a cut line let something through"
         );
         link.heal();
         link.weather(Weather::default());
         ensure!(
-            across(&link, &edge, &cloud, 10)?.len() == 10,
+            across(link.addr(), &edge, &cloud, 10)?.len() == 10,
             "a healed line lost something"
         );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_line_for_packets_carries_what_is_routed_there_delays_and_loses_it_and_can_be_cut() {
+    lab::scenario(|lab| {
+        let (cloud, edge) = (lab.host("cloud")?, lab.host("edge3")?);
+        let ends = [
+            (&cloud, "line0", "10.40.0.1/30"),
+            (&edge, "line0", "10.40.0.2/30"),
+        ];
+        let link = IpLink::lay(ends[0], ends[1], 1)?;
+        let at = socket(&cloud, "10.40.0.1:7000", SOON)?;
+        let to = at.local_addr()?;
+        ensure!(across(to, &edge, &at, 100)?.len() == 100, "not all arrived");
+        let carried = link.counts().forwarded;
+        ensure!(carried == 100, "{carried} packets");
+
+        // A handshake is two ways, so a client sees it as late as it is.
+        let listener = edge.enter(|| TcpListener::bind("10.40.0.2:7000"))??;
+        let far = listener.local_addr()?;
+        let connect = |patience| cloud.enter(|| TcpStream::connect_timeout(&far, patience));
+        link.weather(Weather {
+            delay: Duration::from_millis(100),
+            ..Weather::default()
+        });
+        let start = Instant::now();
+        connect(SOON)??;
+        let took = start.elapsed().as_millis();
+        ensure!((200..1000).contains(&took), "connected after {took} ms");
+
+        link.weather(Weather {
+            loss: 0.3,
+            ..Weather::default()
+        });
+        let arrived = across(to, &edge, &at, 200)?.len();
+        ensure!((100..180).contains(&arrived), "{arrived} of 200 arrived");
+        link.weather(Weather::default());
+
+        link.cut();
+        ensure!(
+            connect(Duration::from_millis(500))?.is_err(),
+            "a cut line let something through"
+        );
+        link.heal();
+        connect(SOON)??;
+        drop(link);
+        let gone = cloud.ip("link show line0");
+        ensure!(gone.is_err(), "the interface is still there: {gone:?}");
         Ok(())
     });
 }
