@@ -2,8 +2,8 @@
 //! machine.
 //!
 //! Never dialled are what [`direct`] never dials, and loopback but where a line's own network is within it: a forwarded
-//! port is a line, too. What is connected and idle is asked by keepalives whether the other end is there, so that silence is
-//! noticed within `path.silence`; with bytes on their way, [`silence`](super::silence) does.
+//! port is a line, too. What is connected and idle is asked by keepalives whether the other end is there, so that
+//! [`silence`](super::silence) is noticed.
 
 use std::io;
 use std::net::SocketAddr;
@@ -110,13 +110,17 @@ pub(crate) async fn dial(
     Ok(stream)
 }
 
-/// An idle connection is asked after a third of the time that the other end may be silent, and given up after all of it.
+/// An idle connection is asked after a third of the time that the other end may be silent, and again and again.
+///
+/// The kernel counts from what was last heard: a line that is cut a moment before it asks would be given up so much sooner
+/// than it has been silent. So it asks for longer than that, and who is silent is found by
+/// [`silence`](super::silence), which counts from the question.
 fn keep_alive(stream: &TcpStream, silence: Duration) {
     let least = Duration::from_secs(1);
     let keepalive = TcpKeepalive::new()
         .with_time((silence / 3).max(least))
         .with_interval((silence / 6).max(least))
-        .with_retries(4);
+        .with_retries(10);
     SockRef::from(stream).set_tcp_keepalive(&keepalive).ok(); // the half-open reaper is left
 }
 
@@ -208,6 +212,28 @@ mod tests {
             );
             let device = line.contains("interface").then(|| b"lo".to_vec());
             assert_eq!(socket.device().unwrap(), device);
+        }
+    }
+
+    #[tokio::test]
+    async fn the_kernel_asks_an_idle_connection_soon_and_gives_it_up_after_its_silence_only() {
+        let listener = TcpListener::bind("127.0.0.9:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let bypass = bypass("{name: l, networks: [127.0.0.0/8]}", "127.0.0.9");
+        for seconds in [1, 6, 30, 600] {
+            let silence = Duration::from_secs(seconds);
+            let settings = Settings {
+                silence,
+                ..SETTINGS
+            };
+            let stream = dialled(&bypass, port, settings).await.unwrap();
+            let socket = SockRef::from(&stream);
+            // Once it asks it goes on for that long, and for what it takes to see it.
+            let asks =
+                socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
+            assert!(asks >= silence * 3 / 2, "{silence:?}: {asks:?}");
+            let begins = socket.tcp_keepalive_time().unwrap();
+            assert!(begins <= silence.max(Duration::from_secs(1)), "{begins:?}");
         }
     }
 
