@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -21,7 +21,7 @@ mod agent;
 mod server;
 
 pub use agent::Agent;
-pub use server::{Another, Peer, Server, Session};
+pub use server::{Another, Peer, Server, Session, metric};
 
 /// Where agents dial.
 pub const SERVER: &str = "203.0.113.10:8443";
@@ -88,7 +88,19 @@ impl Lab {
     /// # Errors
     /// When it does not come up.
     pub fn another_server(&self, another: Another<'_>) -> Result<Server> {
-        Server::another(self, another)
+        self.another_server_with(another, |_| {})
+    }
+
+    /// The same, with its configuration changed by `edit`.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn another_server_with(
+        &self,
+        another: Another<'_>,
+        edit: impl FnOnce(&mut Value),
+    ) -> Result<Server> {
+        Server::another(self, another, edit)
     }
 
     /// Enrols and starts the agent of an edge host of the same name, its configuration changed by `edit`, and waits for its

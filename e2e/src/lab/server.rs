@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
-use serde::Deserialize;
-
 use super::{
-    Context, Host, Lab, Process, Result, SERVER, START, Spawn, Value, anyhow, binary, ensure, json,
+    Context, Host, Lab, Process, Result, SERVER, START, Spawn, Value, binary, ensure, json,
 };
 use crate::client::Door;
-use crate::{process, wait};
+use crate::process;
+
+mod seen;
+
+pub use seen::{Peer, Session, metric};
 
 /// The command line tool works on files, or asks a socket: both answer at once.
 const TOOL: Duration = Duration::from_secs(20);
@@ -38,32 +40,6 @@ pub struct Another<'a> {
     pub address: Option<&'a str>,
     /// Where its peers come in.
     pub peers: &'a [&'a str],
-}
-
-/// Another session of a server, as `peers` shows it; what scenarios do not look at is left out.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Peer {
-    /// The other server; empty while it was never reached.
-    pub server: String,
-    /// `dialled` or `accepted`.
-    pub side: String,
-    /// How it is.
-    pub state: String,
-    /// Agents that it has announced a session of.
-    pub agents: usize,
-}
-
-/// A session as `status` shows it; what scenarios do not look at is left out.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Session {
-    /// Name from the agent's certificate.
-    pub agent: String,
-    /// Its id.
-    pub session: Value,
-    /// Where the agent's packets come from.
-    pub remote: String,
-    /// Open streams.
-    pub streams: u64,
 }
 
 impl Server {
@@ -99,7 +75,11 @@ impl Server {
         })
     }
 
-    pub(super) fn another(lab: &Lab, another: Another<'_>) -> Result<Self> {
+    pub(super) fn another(
+        lab: &Lab,
+        another: Another<'_>,
+        edit: impl FnOnce(&mut Value),
+    ) -> Result<Self> {
         let Another {
             host: name,
             address,
@@ -129,6 +109,7 @@ impl Server {
         if let (Some(peers), Some(listen)) = (config.get_mut("peers"), listen(8446)) {
             peers["listen"] = json!([listen]);
         }
+        edit(&mut config);
         let config = lab.config(name, &config)?;
         let host = lab.host(name)?;
         let process = run(name, &host, &config, lab.dir())?;
@@ -213,55 +194,6 @@ impl Server {
         Ok(pin
             .with_context(|| format!("no pin in {shown:?}"))?
             .to_owned())
-    }
-
-    /// All sessions.
-    ///
-    /// # Errors
-    /// When the server does not answer.
-    pub fn sessions(&self) -> Result<Vec<Session>> {
-        let mut command = Command::new(binary("proxy-server")?);
-        command
-            .args(["status", "--json", "--socket"])
-            .arg(self.dir.join("admin.sock"));
-        Ok(serde_json::from_str(&succeeded(command)?)?)
-    }
-
-    /// Waits until sessions with so many other servers that it asks are up, which have announced so many sessions of
-    /// agents in all.
-    ///
-    /// # Errors
-    /// When they are not at the deadline.
-    pub fn wait_peers(&self, servers: usize, agents: usize, deadline: Duration) -> Result<()> {
-        let what = format!("{}: {servers} peers with {agents} agents", self.name);
-        wait::poll(deadline, &what, || {
-            let mut command = Command::new(binary("proxy-server")?);
-            command
-                .args(["peers", "--json", "--socket"])
-                .arg(self.dir.join("admin.sock"));
-            let all: Vec<Peer> = serde_json::from_str(&succeeded(command)?)?;
-            let asked = all
-                .iter()
-                .filter(|peer| peer.side == "dialled" && peer.state == "ok");
-            let found = (asked.clone().count(), asked.map(|peer| peer.agents).sum());
-            ensure!(found == (servers, agents), "{all:?}");
-            Ok(())
-        })
-    }
-
-    /// Waits for a session of that agent and returns the newest, which stands last.
-    ///
-    /// # Errors
-    /// When there is none at the deadline.
-    pub fn wait_session(&self, agent: &str, deadline: Duration) -> Result<Session> {
-        wait::poll(deadline, &format!("a session of {agent}"), || {
-            let sessions = self.sessions()?;
-            let found = sessions
-                .iter()
-                .rfind(|session| session.agent == agent)
-                .cloned();
-            found.ok_or_else(|| anyhow!("the sessions are {sessions:?}"))
-        })
     }
 
     /// Its configuration file.
