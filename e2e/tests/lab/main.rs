@@ -12,6 +12,7 @@
 )]
 mod api;
 mod content;
+mod dedicated;
 mod harness;
 mod intercept;
 mod konnectivity;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 mod dials;
 mod hindrance;
-mod host;
+pub(crate) mod host;
 mod line;
 
 use host::{

@@ -104,7 +104,7 @@ impl Held {
 }
 
 /// A node at the edge, as a kubelet writes it.
-pub(super) fn edge(name: &str, addresses: &[&str]) -> Value {
+pub(crate) fn edge(name: &str, addresses: &[&str]) -> Value {
     node(
         name,
         &json!({"openyurt.io/is-edge-worker": "true"}),
@@ -128,7 +128,7 @@ pub(super) fn node(name: &str, labels: &Value, addresses: &[&str]) -> Value {
 }
 
 /// Runs a scenario on the control plane's host, with a kube-apiserver there.
-pub(super) fn beside_an_apiserver(
+pub(crate) fn beside_an_apiserver(
     scenario: impl FnOnce(&Lab, &Runtime, &mut Api) -> Result<()> + Send,
 ) {
     lab::scenario(|lab| {
@@ -143,6 +143,6 @@ pub(super) fn beside_an_apiserver(
     });
 }
 
-pub(super) fn kubernetes(config: &mut Value, api: &Api, lab: &Lab) {
+pub(crate) fn kubernetes(config: &mut Value, api: &Api, lab: &Lab) {
     config["kubernetes"] = json!({"kubeconfig": api.kubeconfig(lab.dir())});
 }
