@@ -1,6 +1,7 @@
 //! `make bench`: Corvid, straight and by way of another server, beside a plain TCP splice and a TLS splice of two hops in
 //! two processes, in one run on one machine. Rounds are interleaved and medians shown; the load and the target share the cores with what is measured,
-//! so ratios say more than figures. Then a thousand nodes are scraped beside other requests.
+//! so ratios say more than figures. Then the same past the tunnel, by a line; a thousand nodes on a line that are looked at;
+//! and a thousand nodes that are scraped beside other requests.
 #![expect(clippy::print_stdout, reason = "a table is the product")]
 #![expect(
     clippy::indexing_slicing,
@@ -10,6 +11,7 @@
 mod hop;
 mod load;
 mod memory;
+mod probes;
 mod scrapes;
 mod splice;
 mod table;
@@ -34,9 +36,14 @@ struct Args {
     sessions: usize,
     #[command(flatten)]
     scrapes: scrapes::Options,
+    #[command(flatten)]
+    probes: probes::Options,
     /// Measures the scrapes alone.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "line_only")]
     scrapes_only: bool,
+    /// Measures lines alone.
+    #[arg(long)]
+    line_only: bool,
 }
 
 /// What this program is when it starts itself.
@@ -69,7 +76,14 @@ fn main() -> Result<()> {
 
 async fn measure(args: &Args) -> Result<()> {
     if !args.scrapes_only {
-        beside_splices(args).await?;
+        if !args.line_only {
+            beside_splices(args).await?;
+        }
+        by_a_line(args).await?;
+        probes::measure(&args.probes)?;
+    }
+    if args.line_only {
+        return Ok(());
     }
     Box::pin(scrapes::measure(&args.scrapes)).await
 }
@@ -82,6 +96,28 @@ async fn beside_splices(args: &Args) -> Result<()> {
         tunnel::Way::corvid(target.address).await?,
         tunnel::Way::by_a_peer(target.address).await?,
     ];
+    let results = rounds(args, &ways).await?;
+    let [_, _, corvid, _] = &ways;
+    let streams = memory::idle_streams(corvid, 1000).await?;
+    drop(ways);
+    let sessions = memory::idle_sessions(args.sessions).await?;
+    table::print(&results, &streams, &sessions);
+    Ok(())
+}
+
+async fn by_a_line(args: &Args) -> Result<()> {
+    let target = load::Target::start().await?;
+    let ways = [
+        tunnel::Way::straight(target.address).await?,
+        tunnel::Way::one_splice(target.address).await?,
+        tunnel::Way::by_a_line(target.address).await?,
+    ];
+    table::print_line(&rounds(args, &ways).await?);
+    Ok(())
+}
+
+/// Everything by each way, one after the other, so many times.
+async fn rounds(args: &Args, ways: &[tunnel::Way]) -> Result<Vec<table::Samples>> {
     let mut results: Vec<table::Samples> = ways.iter().map(|_| table::Samples::default()).collect();
     for round in 0..args.rounds {
         for (way, samples) in ways.iter().zip(&mut results) {
@@ -89,12 +125,7 @@ async fn beside_splices(args: &Args) -> Result<()> {
             eprint_progress(round, args.rounds, way.name);
         }
     }
-    let [_, _, corvid, _] = &ways;
-    let streams = memory::idle_streams(corvid, 1000).await?;
-    drop(ways);
-    let sessions = memory::idle_sessions(args.sessions).await?;
-    table::print(&results, &streams, &sessions);
-    Ok(())
+    Ok(results)
 }
 
 fn eprint_progress(round: usize, rounds: usize, name: &str) {

@@ -1,7 +1,7 @@
 //! One hop of a plain or TLS splice: what a tunnel that does nothing would cost.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -9,7 +9,7 @@ use clap::Args;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -21,6 +21,9 @@ const BUFFER: usize = 64 << 10;
 pub(crate) struct Splice {
     /// Where to connect on.
     to: SocketAddr,
+    /// Listen at this Unix socket, as the egress selector's frontend does.
+    #[arg(long)]
+    unix: Option<PathBuf>,
     /// TLS towards the next hop, which has this certificate.
     #[arg(long)]
     tls_to: Option<PathBuf>,
@@ -31,6 +34,9 @@ pub(crate) struct Splice {
 
 impl Splice {
     pub(crate) async fn run(self) -> Result<()> {
+        if let Some(path) = &self.unix {
+            return at_a_unix_socket(path, self.to).await;
+        }
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
         let connector = self.tls_to.map(|file| connector(&file)).transpose()?;
@@ -46,6 +52,25 @@ impl Splice {
     }
 }
 
+async fn at_a_unix_socket(path: &Path, to: SocketAddr) -> Result<()> {
+    let listener = UnixListener::bind(path)?;
+    println!("{}", path.display());
+    let mut tasks = JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await?;
+        while tasks.try_join_next().is_some() {}
+        // A connection that fails is the client's to notice.
+        tasks.spawn(async move { copy(stream, connect(to).await?).await });
+    }
+}
+
+async fn connect(to: SocketAddr) -> Result<TcpStream> {
+    #[expect(clippy::disallowed_methods, reason = "what is compared with")]
+    let to = TcpStream::connect(to).await?;
+    to.set_nodelay(true)?;
+    Ok(to)
+}
+
 async fn hop(
     from: TcpStream,
     to: SocketAddr,
@@ -53,9 +78,7 @@ async fn hop(
     acceptor: Option<TlsAcceptor>,
 ) -> Result<()> {
     from.set_nodelay(true)?;
-    #[expect(clippy::disallowed_methods, reason = "what is compared with")]
-    let to = TcpStream::connect(to).await?;
-    to.set_nodelay(true)?;
+    let to = connect(to).await?;
     match (connector, acceptor) {
         (None, None) => copy(from, to).await,
         (Some(connector), _) => {

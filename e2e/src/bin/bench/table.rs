@@ -67,3 +67,22 @@ pub(crate) fn print(results: &[Samples], streams: &IdleStreams, sessions: &IdleS
         streams.count, streams.agent
     );
 }
+
+/// Prints Markdown: what goes by a line beside one splice, and beside nobody.
+pub(crate) fn print_line(results: &[Samples]) {
+    let [straight, splice, line] = results else {
+        return;
+    };
+    println!(
+        "| median | directly | plain splice of one hop | corvid, by a line | × splice | beside directly |"
+    );
+    println!("| --- | --: | --: | --: | --: | --: |");
+    let all = straight.medians().into_iter().zip(splice.medians());
+    for (((name, straight), (_, splice)), (_, line)) in all.zip(line.medians()) {
+        let (times, beside) = (line / splice, line - straight);
+        println!(
+            "| {name} | {straight:.2} | {splice:.2} | {line:.2} | {times:.2} | {beside:+.2} |"
+        );
+    }
+    println!();
+}

@@ -1,4 +1,4 @@
-//! The ways to the target, each as two child processes, or three with another server between.
+//! The ways to the target, each as its child processes: two hops, three with another server between, one past the tunnel.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use crate::hop::Hop;
 
 enum Entry {
     Direct(SocketAddr),
+    Unix(PathBuf),
     Connect(PathBuf, String),
 }
 
@@ -72,6 +73,57 @@ impl Way {
             name: "TLS splice",
             entry: Entry::Direct(address),
             hops: vec![front, back],
+            _dir: dir,
+        }
+        .tried()
+        .await
+    }
+
+    /// Nobody between.
+    pub(crate) async fn straight(target: SocketAddr) -> Result<Self> {
+        Self {
+            name: "directly",
+            entry: Entry::Direct(target),
+            hops: Vec::new(),
+            _dir: tempfile::tempdir()?,
+        }
+        .tried()
+        .await
+    }
+
+    /// One hop, that is entered as Corvid is.
+    pub(crate) async fn one_splice(target: SocketAddr) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let socket = dir.path().join("splice.sock");
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("splice").arg(target.to_string());
+        let (hop, mut lines) = Hop::talking(command.arg("--unix").arg(&socket))?;
+        lines.next()?;
+        Self {
+            name: "plain splice of one hop",
+            entry: Entry::Unix(socket),
+            hops: vec![hop],
+            _dir: dir,
+        }
+        .tried()
+        .await
+    }
+
+    /// By a line, with the tunnel beside it that nobody has dialled.
+    pub(crate) async fn by_a_line(target: SocketAddr) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let server = Server {
+            more: "routes: [{node: edge1, addresses: ['127.0.0.1']}]\n\
+                   lines: [{name: express, networks: ['127.0.0.0/8']}]",
+            ..Server::default()
+        };
+        let server = server.start(dir.path())?;
+        wait_for_backend(dir.path())?;
+        let destination = format!("edge1:{}", target.port());
+        Self {
+            name: "corvid, by a line",
+            entry: Entry::Connect(dir.path().join("connect.sock"), destination),
+            hops: vec![server],
             _dir: dir,
         }
         .tried()
@@ -156,6 +208,7 @@ impl Way {
                 stream.set_nodelay(true)?;
                 Ok(Stream::Tcp(stream))
             }
+            Entry::Unix(socket) => Ok(Stream::Unix(UnixStream::connect(socket).await?)),
             Entry::Connect(socket, destination) => {
                 let mut stream = UnixStream::connect(socket).await?;
                 let request = format!("CONNECT {destination} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
