@@ -1,13 +1,13 @@
 //! What runs over a line that is cut: twenty of each kind, half of them over each frontend.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::client::{Door, End, Tunnel};
+use e2e::client::Door;
 use e2e::kubelet::Behaviour;
 use e2e::lab::{self, Server};
 use e2e::link::Weather;
@@ -15,16 +15,17 @@ use e2e::{pattern, wait};
 use tokio::time::Instant;
 
 use super::{Bed, LINE, SOON, TUNNEL, short, until};
-use crate::steps::{Descriptors, cut, doors, name_of, ping};
+use crate::steps::{Descriptors, cut, doors, name_of, orderly};
 use crate::streams::joined;
+
+mod kind;
+
+use kind::{BEAT, KINDS, Kind, PIECE, Runs, Told, open};
 
 /// Of each kind.
 const COUNT: u64 = 20;
 /// `path.silence` of the tests.
 const SILENCE: Duration = Duration::from_secs(6);
-/// So much is read or written at once, and then nothing for a while: that is enough to fill every buffer on the way.
-const PIECE: usize = 16 << 10;
-const BEAT: Duration = Duration::from_millis(100);
 /// A line with a little delay, as it has.
 const CLEAR: Weather = Weather {
     delay: Duration::from_millis(2),
@@ -32,194 +33,6 @@ const CLEAR: Weather = Weather {
     reorder: 0.0,
     late: Duration::ZERO,
 };
-
-/// What a stream does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Reads what comes faster than it is read.
-    Download,
-    /// Writes more than is taken.
-    Upload,
-    /// Reads a line from time to time.
-    Trickle,
-    /// Says nothing, and hears nothing.
-    Quiet,
-    /// The node has ended its side; the requester goes on.
-    EndedFirst,
-    /// The requester has stopped to read.
-    Stopped,
-}
-
-const KINDS: [Kind; 6] = [
-    Kind::Download,
-    Kind::Upload,
-    Kind::Trickle,
-    Kind::Quiet,
-    Kind::EndedFirst,
-    Kind::Stopped,
-];
-
-/// What the streams are told.
-#[derive(Debug, Default)]
-struct Told {
-    /// Nothing more is held back.
-    hurry: AtomicBool,
-    /// All others have ended: who has stopped may look.
-    look: AtomicBool,
-}
-
-/// A stream that runs until it is cut.
-struct Runs {
-    kind: Kind,
-    thread: JoinHandle<Result<(Instant, End)>>,
-}
-
-impl Runs {
-    /// It has begun when this returns.
-    fn start(mut tunnel: Tunnel, kind: Kind, seed: u64, told: &Arc<Told>) -> Result<Self> {
-        let (begun, first) = std::sync::mpsc::sync_channel(1);
-        let told = Arc::clone(told);
-        let thread = std::thread::spawn(move || {
-            // Told once; nobody listens after.
-            let begun = || {
-                begun.try_send(()).ok();
-            };
-            run(&mut tunnel, kind, seed, &told, begun)
-        });
-        first.recv().context("it did not begin")?;
-        Ok(Self { kind, thread })
-    }
-}
-
-/// A stream of that kind, which was answered.
-fn open(door: &Door, kind: Kind, seed: u64) -> Result<Tunnel> {
-    let bytes = 1 << 40;
-    let behaviour = match kind {
-        Kind::Download | Kind::Stopped => Behaviour::Send { bytes, seed },
-        Kind::Upload => Behaviour::Sink { bytes },
-        Kind::Trickle => Behaviour::Trickle {
-            lines: 100_000,
-            every_ms: 50,
-        },
-        Kind::Quiet => Behaviour::Echo,
-        Kind::EndedFirst => Behaviour::EndFirst,
-    };
-    let mut tunnel = door.open("edge3:10250", behaviour)?;
-    tunnel.patience(SILENCE * 100)?;
-    tunnel.impatient(SILENCE * 100)?;
-    match kind {
-        Kind::Download | Kind::Stopped | Kind::Upload => {}
-        Kind::Trickle => ensure!(tunnel.line()? == "line 0", "not the first line"),
-        Kind::Quiet => ping(&mut tunnel, "is anybody there?")?,
-        Kind::EndedFirst => {
-            ensure!(tunnel.line()? == "done", "not the last words");
-            ensure!(tunnel.read(&mut [0])? == 0, "more than the last words");
-        }
-    }
-    Ok(tunnel)
-}
-
-/// Until it is cut: when that was seen, and how.
-fn run(
-    tunnel: &mut Tunnel,
-    kind: Kind,
-    seed: u64,
-    told: &Told,
-    mut begun: impl FnMut(),
-) -> Result<(Instant, End)> {
-    let error = match kind {
-        Kind::Download => compare(tunnel, seed, told, &mut begun),
-        Kind::Upload => pattern::each_chunk(1 << 40, seed, |chunk| {
-            for piece in chunk.chunks(PIECE) {
-                tunnel.write_all(piece)?;
-                begun();
-                pause(told);
-            }
-            Ok(())
-        }),
-        Kind::Trickle => {
-            begun();
-            trickled(tunnel)
-        }
-        Kind::Quiet => {
-            begun();
-            tunnel.read_exact(&mut [0])
-        }
-        Kind::EndedFirst => loop {
-            begun();
-            if let Err(error) = tunnel
-                .write_all(b"still here\n")
-                .and_then(|()| tunnel.flush())
-            {
-                break Err(error);
-            }
-            wait::pass(BEAT);
-        },
-        Kind::Stopped => {
-            begun();
-            while !told.look.load(Ordering::Relaxed) {
-                wait::pass(BEAT);
-            }
-            compare(tunnel, seed, told, &mut begun)
-        }
-    };
-    let ended = Instant::now();
-    let error = error.err().context("it came to its end")?;
-    ensure!(error.kind() != ErrorKind::InvalidData, "{kind:?}: {error}");
-    // An end of file says nothing yet: see what is left of the other direction.
-    let end = match (kind, error.kind()) {
-        (Kind::Upload | Kind::EndedFirst, _) => End::Cut(error),
-        (_, ErrorKind::UnexpectedEof) => tunnel.read_out().1,
-        _ => End::Cut(error),
-    };
-    Ok((ended, end))
-}
-
-/// Reads and compares with what is sent, for ever.
-fn compare(
-    tunnel: &mut Tunnel,
-    seed: u64,
-    told: &Told,
-    begun: &mut impl FnMut(),
-) -> io::Result<()> {
-    let mut got = vec![0; PIECE];
-    pattern::each_chunk(1 << 40, seed, |chunk| {
-        for piece in chunk.chunks(PIECE) {
-            let mut rest = piece;
-            while !rest.is_empty() {
-                let part = got.get_mut(..rest.len()).unwrap_or_default();
-                let count = tunnel.read(part)?;
-                let (now, later) = rest.split_at(count);
-                if count == 0 {
-                    return Err(ErrorKind::UnexpectedEof.into());
-                }
-                if part.get(..count) != Some(now) {
-                    return Err(io::Error::new(ErrorKind::InvalidData, "not what was sent"));
-                }
-                rest = later;
-            }
-            begun();
-            pause(told);
-        }
-        Ok(())
-    })
-}
-
-fn trickled(tunnel: &mut Tunnel) -> io::Result<()> {
-    for number in 1.. {
-        let line = tunnel.line()?;
-        if line != format!("line {number}") {
-            return Err(io::Error::new(ErrorKind::InvalidData, line));
-        }
-    }
-    Ok(())
-}
-
-fn pause(told: &Told) {
-    if !told.hurry.load(Ordering::Relaxed) {
-        wait::pass(BEAT);
-    }
-}
 
 /// One of each kind by that door, over the line: what was faster by the tunnel is let go and opened again.
 fn one_of_each(server: &Server, door: &Door, seed: u64, told: &Arc<Told>) -> Result<Vec<Runs>> {
@@ -235,6 +48,55 @@ fn one_of_each(server: &Server, door: &Door, seed: u64, told: &Arc<Told>) -> Res
     let all = KINDS.into_iter().zip(opened);
     all.map(|(kind, tunnel)| Runs::start(tunnel, kind, seed, told))
         .collect()
+}
+
+/// A trickle and an upload that last twice as long as the line is away.
+struct Across {
+    trickle: JoinHandle<Result<()>>,
+    upload: JoinHandle<Result<()>>,
+}
+
+impl Across {
+    fn begin(door: &Door, span: Duration) -> Result<Self> {
+        let every = Duration::from_millis(50);
+        let count = u64::try_from((span * 2).as_millis() / every.as_millis())?;
+        let mut trickle = door.open(
+            "edge3:10250",
+            Behaviour::Trickle {
+                lines: count,
+                every_ms: 50,
+            },
+        )?;
+        ensure!(trickle.line()? == "line 0", "not the first line");
+        let bytes = count * PIECE as u64;
+        let mut upload = door.open("edge3:10250", Behaviour::Sink { bytes })?;
+        Ok(Self {
+            trickle: std::thread::spawn(move || {
+                for number in 1..count {
+                    let line = trickle.line()?;
+                    ensure!(line == format!("line {number}"), "{line:?} is {number}");
+                }
+                orderly(&trickle.read_out().1)
+            }),
+            upload: std::thread::spawn(move || {
+                pattern::each_chunk(bytes, 6, |chunk| {
+                    for piece in chunk.chunks(PIECE) {
+                        upload.write_all(piece)?;
+                        wait::pass(every);
+                    }
+                    Ok(())
+                })?;
+                let (answer, wanted) = (upload.line()?, pattern::expected(bytes, 6));
+                ensure!(answer == wanted.to_string(), "not what was sent: {answer}");
+                Ok(())
+            }),
+        })
+    }
+
+    fn whole(self) -> Result<()> {
+        joined(self.trickle).context("a trickle across the cut")?;
+        joined(self.upload).context("an upload across the cut")
+    }
 }
 
 #[test]
@@ -260,26 +122,25 @@ fn what_runs_over_a_line_that_is_cut_ends_after_the_time_out_and_what_is_new_goe
         }
 
         // Less than the time-out: nothing is lost, nothing ends.
+        let span = SILENCE / 4;
+        let finite = [
+            Across::begin(&doors[0], span)?,
+            Across::begin(&doors[1], span)?,
+        ];
         bed.line.cut();
-        wait::pass(SILENCE / 4);
+        wait::pass(span);
         bed.line.heal();
         let healed = Instant::now();
+        for across in finite {
+            across.whole()?;
+        }
         until(&doors[0], "edge3", LINE)?;
         wait::pass((SILENCE * 2).saturating_sub(healed.elapsed()));
-        if let Some(runs) = running
-            .iter()
-            .position(|runs| runs.thread.is_finished())
-            .map(|ended| running.swap_remove(ended))
-        {
-            let kind = runs.kind;
-            let (ended, end) = joined(runs.thread)?;
+        if let Some(ended) = running.iter().position(|runs| runs.thread.is_finished()) {
+            let Runs { kind, thread } = running.swap_remove(ended);
+            let (ended, end) = joined(thread)?;
             let after = ended.duration_since(healed);
-            let log = bed.server.process().log();
-            let why: Vec<_> = log
-                .lines()
-                .filter(|line| line.contains("access: stream") && !line.contains("reason=\"ok\""))
-                .collect();
-            bail!("{kind:?} ended {after:?} after a line was back in time: {end:?}; {why:#?}");
+            bail!("{kind:?} ended {after:?} after a line was back in time: {end:?}");
         }
         let cuts = bed.server.metric(&timed_out)?;
         ensure!(cuts.abs() < f64::EPSILON, "{cuts} are cut");
