@@ -3,6 +3,7 @@
 //! Two facts of quinn that this file hides: a dropped send stream is *finished*, and a connection's receive window
 //! couples its streams. So halves reset themselves when dropped, and the session's window grows with each open stream.
 
+mod apart;
 mod endpoint;
 mod half;
 mod headroom;

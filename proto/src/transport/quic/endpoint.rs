@@ -7,17 +7,21 @@ use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
-use quinn::{IdleTimeout, TokioRuntime, TransportConfig, VarInt};
+use quinn::{AsyncUdpSocket, IdleTimeout, Runtime as _, TokioRuntime, TransportConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::QuicSession;
+use super::apart::Apart;
 use super::headroom::HeadroomFactory;
 use crate::budget::MAX_SEND_WINDOW;
 use crate::transport::{SessionError, quic};
 
 /// A server's streams are opened by the server itself, so agents may open few: state is allocated for each permitted one.
 const SERVER_ACCEPTS: u32 = 16;
+/// Reads of a socket in one call. The kernel makes one of those of one sender only, so a server has more to read.
+const LISTEN_READS: usize = 32;
+const DIAL_READS: usize = 8;
 
 /// How a sender finds its rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -110,7 +114,7 @@ pub enum QuicError {
     },
 }
 
-fn socket(address: SocketAddr, buffer: u32) -> io::Result<UdpSocket> {
+fn socket(address: SocketAddr, buffer: u32, at_once: usize) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let wanted = usize::try_from(buffer).unwrap_or(usize::MAX);
     let socket = Socket::new(
         Domain::for_address(address),
@@ -136,7 +140,8 @@ fn socket(address: SocketAddr, buffer: u32) -> io::Result<UdpSocket> {
             "small UDP buffers: raise net.core.rmem_max"
         );
     }
-    Ok(socket)
+    let socket = TokioRuntime.wrap_udp_socket(socket)?;
+    Ok(Arc::new(Apart::new(socket, at_once)))
 }
 
 /// Connection ids and reset tokens that whoever has the secret recognises as its own.
@@ -157,7 +162,7 @@ fn endpoint_config(secret: &[u8; 32]) -> quinn::EndpointConfig {
 /// Binds a new local port of the same family.
 pub(super) fn rebind(endpoint: &quinn::Endpoint, buffer: u32) -> io::Result<()> {
     let any = SocketAddr::new(endpoint.local_addr()?.ip(), 0);
-    endpoint.rebind(socket(any, buffer)?)
+    endpoint.rebind_abstract(socket(any, buffer, DIAL_READS)?)
 }
 
 /// A UDP socket that speaks QUIC. Clones are handles to the same one.
@@ -184,8 +189,8 @@ impl Endpoint {
         let mut config = quinn::ServerConfig::with_crypto(tls);
         config.transport_config(Arc::new(tuning.transport()));
         let bind = |source| QuicError::Bind { address, source };
-        let socket = socket(address, tuning.send_window).map_err(bind)?;
-        let inner = quinn::Endpoint::new(
+        let socket = socket(address, tuning.send_window, LISTEN_READS).map_err(bind)?;
+        let inner = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config(secret),
             Some(config),
             socket,
@@ -223,8 +228,8 @@ impl Endpoint {
             address: local,
             source,
         };
-        let socket = socket(local, tuning.send_window).map_err(bind)?;
-        let endpoint = quinn::Endpoint::new(
+        let socket = socket(local, tuning.send_window, DIAL_READS).map_err(bind)?;
+        let endpoint = quinn::Endpoint::new_with_abstract_socket(
             quinn::EndpointConfig::default(),
             None,
             socket,
