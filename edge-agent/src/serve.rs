@@ -11,7 +11,7 @@ use daemon::chain;
 use proto::asked::{gone, read_header, refuse, reply};
 use proto::transport::{RecvHalf, SendHalf};
 use proto::wire::StreamHeader;
-use proto::{Budget, Early, Host, Local, Reason, Relay, RelayEnd, relay};
+use proto::{Budget, Early, Host, Local, Reason, Relay, RelayEnd, SocketBuffer, relay};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -86,7 +86,7 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
             record.failed(reason, &detail);
             refuse(send, recv, reason, detail).await;
         }
-        Ok((mut stream, _permit)) => {
+        Ok((mut stream, buffer, _permit)) => {
             if let Err(reason) = reply(&mut send, &Ok(())).await {
                 record.failed(reason, "while replying");
                 dial::abort(&stream);
@@ -96,7 +96,7 @@ pub(crate) async fn serve<S: SendHalf, R: RecvHalf>(
                 &serving,
                 &record,
                 (&mut send, &mut recv),
-                &mut stream,
+                (&mut stream, &buffer),
                 early.freeze(),
                 lost,
             )
@@ -118,7 +118,7 @@ async fn reach(
     serving: &Serving,
     header: &StreamHeader,
     record: &mut Record,
-) -> Result<(TcpStream, FilePermit), Refusal> {
+) -> Result<(TcpStream, SocketBuffer, FilePermit), Refusal> {
     if serving.refusing.is_cancelled() {
         return Err(stopping());
     }
@@ -134,11 +134,12 @@ async fn reach(
             "the agent's open files are near their limit".to_owned(),
         )
     })?;
-    let (stream, address) = dial(&targets, serving.budget.socket_buffer(), started + limit)
+    let buffer = serving.budget.socket_buffer();
+    let (stream, address) = dial(&targets, buffer.bytes(), started + limit)
         .await
         .map_err(|error| (error.reason(), chain(&error).to_string()))?;
     record.dialled(address, started);
-    Ok((stream, permit))
+    Ok((stream, buffer, permit))
 }
 
 /// The addresses to dial: decided about one by one, after names are resolved.
@@ -184,15 +185,14 @@ async fn run<S: SendHalf, R: RecvHalf>(
     serving: &Serving,
     record: &Record,
     tunnel: (&mut S, &mut R),
-    stream: &mut TcpStream,
+    (stream, buffer): (&mut TcpStream, &SocketBuffer),
     early: Bytes,
     lost: impl Future<Output = Reason> + Send,
 ) -> RelayEnd {
     let settings = Relay {
         local: Local::Destination,
         budget: serving.budget.clone(),
-        // The kernel keeps twice what it is asked for (socket(7)).
-        local_buffer: 2 * serving.budget.socket_buffer(),
+        local_buffer: buffer.cost(),
         half_open: serving.timeouts.half_open,
         counters: record.counters(),
     };

@@ -6,10 +6,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 /// A reader that was stopped for less is only a moment late, and is not reset.
@@ -26,8 +27,16 @@ pub(crate) const MAX_SEND_WINDOW: u32 = 4 << 20;
 const MIN_SEND_WINDOW: u32 = 1 << 20;
 /// Larger read buffers only cost cache (docs/performance.md), smaller ones cost calls.
 const READ_BUFFERS: (u32, u32) = (8 << 10, 64 << 10);
+/// First read buffer of a stream, as most streams move little, and every one's while many wait.
+pub(crate) const SMALL_READ: usize = 4 << 10;
+/// Part of the budget that read bytes may be while the tunnel does not take them, before reads are small.
+const WAITING_PART: u64 = 8;
 /// What the kernel keeps of a connection whose other end is near gains nothing above this, and slows it below that.
 const SOCKET_BUFFERS: (u32, u32) = (32 << 10, 256 << 10);
+/// And below this each byte costs half as much CPU again.
+const LEAST_SOCKET_BUFFER: u32 = 16 << 10;
+/// Local connections whose buffers are large: each way a quarter of the budget for all of them.
+const ROOMS: usize = 16;
 
 #[derive(Debug)]
 struct Entry {
@@ -72,6 +81,9 @@ impl Behind {
 struct Inner {
     limit: u64,
     window: u32,
+    /// Bytes that were read of local connections and that the tunnel does not take yet.
+    waiting: AtomicU64,
+    rooms: Arc<Semaphore>,
     behind: Mutex<Behind>,
 }
 
@@ -88,6 +100,8 @@ impl Budget {
         Self(Arc::new(Inner {
             limit,
             window,
+            waiting: AtomicU64::new(0),
+            rooms: Arc::new(Semaphore::new(ROOMS)),
             behind: Mutex::default(),
         }))
     }
@@ -105,18 +119,44 @@ impl Budget {
         window.clamp(MIN_SEND_WINDOW, MAX_SEND_WINDOW)
     }
 
-    /// What is asked of the kernel for a local connection each way, where memory is bounded. Left to itself it takes
-    /// megabytes for each that is not read.
+    /// What to ask of the kernel for a local connection, where memory is bounded; left to itself it takes megabytes for each
+    /// that is not read. Much for a few, little beside them: a connection whose reader behind the tunnel has stopped stays
+    /// full, and none is reset for that, as nobody can tell it from one that waits for its turn.
     #[must_use]
-    pub fn socket_buffer(&self) -> u32 {
-        (self.0.window / 4).clamp(SOCKET_BUFFERS.0, SOCKET_BUFFERS.1)
+    pub fn socket_buffer(&self) -> SocketBuffer {
+        let most = (self.0.window / 4).clamp(SOCKET_BUFFERS.0, SOCKET_BUFFERS.1);
+        match Arc::clone(&self.0.rooms).try_acquire_owned() {
+            Ok(room) => SocketBuffer {
+                bytes: most,
+                _room: Some(room),
+            },
+            Err(_none_left) => SocketBuffer {
+                bytes: (most / 3).max(LEAST_SOCKET_BUFFER),
+                _room: None,
+            },
+        }
     }
 
-    /// What is read at once of a local connection, and kept while the tunnel does not take it.
+    /// The most to read at once of a local connection, and to keep while the tunnel does not take it: little once many
+    /// streams wait for that, whose readers have stopped or whose line is slow; which of both, nobody can tell here.
     #[must_use]
     pub fn read_buffer(&self) -> usize {
+        if self.0.waiting.load(Ordering::Relaxed) >= self.0.limit / WAITING_PART {
+            return SMALL_READ;
+        }
         let bytes = (self.0.window / 8).clamp(READ_BUFFERS.0, READ_BUFFERS.1);
         usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+
+    /// Counts bytes that were read and that the tunnel does not take, for as long as the guard lives.
+    #[must_use]
+    pub fn waiting(&self, bytes: usize) -> Waiting {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.0.waiting.fetch_add(bytes, Ordering::Relaxed);
+        Waiting {
+            budget: self.clone(),
+            bytes,
+        }
     }
 
     /// Bytes that stopped streams may hold now.
@@ -155,6 +195,41 @@ impl Budget {
             let id = *id;
             behind.remove(id);
         }
+    }
+}
+
+/// How much the kernel may keep of a local connection; to be held as long as the connection.
+#[derive(Debug)]
+pub struct SocketBuffer {
+    bytes: u32,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl SocketBuffer {
+    /// What to ask of it for each way.
+    #[must_use]
+    pub fn bytes(&self) -> u32 {
+        self.bytes
+    }
+
+    /// What it then keeps each way at most: twice of that (socket(7)).
+    #[must_use]
+    pub fn cost(&self) -> u32 {
+        self.bytes.saturating_mul(2)
+    }
+}
+
+/// Bytes that wait for the tunnel.
+#[derive(Debug)]
+pub struct Waiting {
+    budget: Budget,
+    bytes: u64,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let waiting = &self.budget.0.waiting;
+        waiting.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -199,91 +274,4 @@ impl Drop for Stopped {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn windows_derive_from_the_budget() {
-        for (limit, window) in [
-            (256 << 20, 1 << 20),
-            (20 << 20, 640 << 10),
-            (1 << 20, 64 << 10),
-        ] {
-            assert_eq!(Budget::new(limit).stream_window(), window);
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn over_budget_the_one_that_stopped_longest_goes() {
-        let budget = Budget::new(2 << 20);
-        let window = u64::from(budget.stream_window());
-        let mut all = Vec::new();
-        for _ in 0..32 {
-            all.push(budget.stopped(window));
-            tokio::time::advance(GRACE).await;
-        }
-        assert_eq!(budget.held(), 32 * window);
-        let late = budget.stopped(window);
-        all[0].evicted().await;
-        assert_eq!(budget.held(), 32 * window);
-        assert!(futures_pending(all[1].evicted()).await && futures_pending(late.evicted()).await);
-        drop(all);
-        drop(late);
-        assert_eq!(budget.held(), 0);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_costs_more_makes_more_go() {
-        let budget = Budget::new(8 << 20);
-        let small: Vec<_> = (0..64).map(|_| budget.stopped(128 << 10)).collect();
-        assert_eq!(budget.held(), 8 << 20);
-        tokio::time::advance(GRACE).await;
-        let large = budget.stopped(384 << 10);
-        for gone in &small[..3] {
-            gone.evicted().await;
-        }
-        assert!(futures_pending(small[3].evicted()).await);
-        assert_eq!(budget.held(), 8 << 20);
-        drop((small, large));
-        assert_eq!(budget.held(), 0);
-    }
-
-    #[test]
-    fn what_else_costs_memory_derives_from_the_budget_too() {
-        for (limit, send, socket, read) in [
-            (256 << 20, 4 << 20, 256 << 10, 64 << 10),
-            (20 << 20, 4 << 20, 160 << 10, 64 << 10),
-            (8 << 20, 2 << 20, 64 << 10, 32 << 10),
-            (1 << 20, 1 << 20, 32 << 10, 8 << 10),
-        ] {
-            let budget = Budget::new(limit);
-            assert_eq!(
-                (
-                    budget.send_window(),
-                    budget.socket_buffer(),
-                    budget.read_buffer()
-                ),
-                (send, socket, read)
-            );
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn many_that_stop_at_once_are_brought_within_the_limit() {
-        let budget = Budget::new(2 << 20);
-        let mut tasks = tokio::task::JoinSet::new();
-        for _ in 0..1000 {
-            let stopped = budget.stopped(budget.stream_window().into());
-            assert!(budget.held() <= 2 * (2 << 20));
-            tasks.spawn(async move { stopped.evicted().await });
-        }
-        tokio::time::sleep(GRACE * 3).await;
-        assert!(budget.held() <= 2 << 20, "{}", budget.held());
-    }
-
-    async fn futures_pending(future: impl Future<Output = ()>) -> bool {
-        tokio::time::timeout(Duration::from_millis(1), future)
-            .await
-            .is_err()
-    }
-}
+mod tests;

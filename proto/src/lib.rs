@@ -17,7 +17,7 @@ pub mod transport;
 pub mod wire;
 
 pub use address::{is_loopback, is_never_dialled};
-pub use budget::{Budget, Stopped};
+pub use budget::{Budget, SocketBuffer, Stopped, Waiting};
 pub use error::{Fault, Reason};
 pub use framed::{FrameReader, ReadFrameError, read_frame_within};
 pub use id::{AgentName, Destination, Host, IdError, LineName, ServerName, SessionId};

@@ -22,11 +22,9 @@ pub use streams::relay_streams;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep_until};
 
+use crate::budget::SMALL_READ;
 use crate::transport::{READ_CHUNKS, RecvHalf, SendHalf, Session};
 use crate::{Budget, Reason, Stopped};
-
-/// First read buffer of a stream: most streams move little.
-const SMALL_READ: usize = 4 << 10;
 
 /// For the local side to take what came before its session was lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -206,11 +204,12 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             .await
             .map_err(|error| error.reason())?;
     }
-    let (mut capacity, largest) = (SMALL_READ, settings.budget.read_buffer());
+    let mut capacity = SMALL_READ;
     let mut buffer = BytesMut::new();
     loop {
         // Small reads share what is left of a large buffer, so that a trickle does not pin a fresh one each.
         if buffer.capacity() < SMALL_READ {
+            capacity = capacity.min(settings.budget.read_buffer());
             buffer.reserve(capacity);
         }
         let offered = buffer.capacity();
@@ -222,15 +221,32 @@ async fn into_tunnel<S: SendHalf, I: AsyncRead + Unpin>(
             return to.finish().map_err(|error| error.reason());
         }
         capacity = match read {
-            full if full == offered => (capacity * 2).min(largest),
+            full if full == offered => capacity * 2,
             little if little < capacity / 4 => (capacity / 2).max(SMALL_READ),
             _ => capacity,
         };
         count(read);
-        to.write_chunk(buffer.split().freeze())
-            .await
-            .map_err(|error| error.reason())?;
+        let chunk = buffer.split().freeze();
+        hand_over(&settings.budget, to, chunk, offered).await?;
     }
+}
+
+/// Gives the tunnel a chunk in memory of so many bytes, which counts as waiting once it is not taken at once.
+async fn hand_over<S: SendHalf>(
+    budget: &Budget,
+    to: &mut S,
+    chunk: Bytes,
+    memory: usize,
+) -> Result<(), Reason> {
+    let mut write = pin!(to.write_chunk(chunk));
+    let wrote = match poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
+        Poll::Ready(wrote) => wrote,
+        Poll::Pending => {
+            let _waiting = budget.waiting(memory);
+            write.await
+        }
+    };
+    wrote.map_err(|error| error.reason())
 }
 
 async fn out_of_tunnel<R: RecvHalf, I: AsyncWrite + Unpin>(

@@ -278,6 +278,42 @@ async fn what_waits_for_the_tunnel_is_not_its_readers_fault() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_waits_for_the_tunnel_makes_reads_small() {
+    let settings = settings(1 << 20);
+    let (mut near, mut far, mut local, mut outside, _sessions) = parts().await;
+    let usual = settings.budget.read_buffer();
+    // One chunk less than it takes.
+    let others = settings.budget.waiting((128 << 10) - (4 << 10));
+    assert_eq!(settings.budget.read_buffer(), usual);
+    let relayed = relay(
+        &settings,
+        (&mut near.0, &mut near.1),
+        &mut local,
+        Early::default(),
+        pending(),
+    );
+    let sent = vec![7; 2 * WINDOW];
+    let talk = async {
+        let writes = async {
+            outside.write_all(&sent).await.unwrap();
+            outside.shutdown().await.unwrap();
+        };
+        let reads = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(settings.budget.read_buffer() < usual);
+            let got = read_to_end(&mut far.1).await.unwrap();
+            assert_eq!(settings.budget.read_buffer(), usual);
+            far.0.finish().unwrap();
+            got
+        };
+        tokio::join!(writes, reads).1
+    };
+    let (end, got) = tokio::join!(relayed, talk);
+    assert_eq!((end, got.len()), (RelayEnd::Finished, 2 * WINDOW));
+    drop(others);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stopped_reader_costs_what_the_kernel_keeps_of_it_too() {
     let settings = Relay {
         local_buffer: 128 << 10,

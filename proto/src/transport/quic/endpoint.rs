@@ -38,8 +38,8 @@ pub enum Congestion {
 pub struct Tuning {
     /// Receive window of each stream, bytes.
     pub stream_window: u32,
-    /// Bytes sent and not yet acknowledged, a connection, and what is asked of the kernel for each UDP socket: its default
-    /// of 208 KiB loses packets in bursts.
+    /// Bytes sent and not yet acknowledged, a connection, and what is asked of the kernel for the UDP socket of a listener
+    /// (half of it for a dial's): its default of 208 KiB loses packets in bursts.
     pub send_window: u32,
     /// Streams the peer may have open at once.
     pub max_streams: u32,
@@ -228,7 +228,9 @@ impl Endpoint {
             address: local,
             source,
         };
-        let socket = socket(local, tuning.send_window, DIAL_READS).map_err(bind)?;
+        // The kernel takes twice of it, and memory may be short here.
+        let buffer = tuning.send_window / 2;
+        let socket = socket(local, buffer, DIAL_READS).map_err(bind)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             quinn::EndpointConfig::default(),
             None,
@@ -247,7 +249,7 @@ impl Endpoint {
         Ok(QuicSession::new(
             connection,
             tuning.stream_window,
-            Some((endpoint, tuning.send_window)),
+            Some((endpoint, buffer)),
         ))
     }
 
