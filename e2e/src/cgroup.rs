@@ -22,11 +22,12 @@ pub struct MemoryGroup {
 }
 
 impl MemoryGroup {
-    /// Makes one without swap.
+    /// Makes one without swap. Version 1 of the interface counts what the kernel keeps for sockets apart: there `sockets` of
+    /// the limit is theirs, and what is left the rest's. That is stricter than version 2, where both share the limit.
     ///
     /// # Errors
     /// When the kernel has no memory controller for us.
-    pub fn new(limit: u64) -> Result<Self> {
+    pub fn new(limit: u64, sockets: u64) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let version_1 = Path::new(V1).join("memory.limit_in_bytes").exists();
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -35,9 +36,8 @@ impl MemoryGroup {
         fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
         let group = Self { folder, version_1 };
         if version_1 {
-            group.set("memory.limit_in_bytes", limit)?;
-            // What sockets hold is counted apart in version 1, and only with a limit; in version 2 it is part of the whole.
-            group.set("memory.kmem.tcp.limit_in_bytes", limit)?;
+            group.set("memory.limit_in_bytes", limit.saturating_sub(sockets))?;
+            group.set("memory.kmem.tcp.limit_in_bytes", sockets)?;
         } else {
             group.set("memory.max", limit)?;
             group.set("memory.swap.max", 0).ok(); // a kernel without swap has no such file
@@ -78,7 +78,7 @@ impl MemoryGroup {
         })
     }
 
-    /// The most that TCP sockets ever held, bytes, where it is counted apart.
+    /// The most that sockets ever held, bytes, where it is counted apart.
     ///
     /// # Errors
     /// When the kernel does not say.
@@ -87,6 +87,17 @@ impl MemoryGroup {
             return self.number("memory.kmem.tcp.max_usage_in_bytes").map(Some);
         }
         Ok(None)
+    }
+
+    /// How often sockets were refused memory, where it is counted apart.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn sockets_refused(&self) -> Result<u64> {
+        if self.version_1 {
+            return self.number("memory.kmem.tcp.failcnt");
+        }
+        Ok(0)
     }
 
     /// How many of its processes the kernel has killed for want of memory.
