@@ -651,7 +651,9 @@ async fn whom_no_rule_names_is_told_so_once_and_holds_nothing() {
     // What is no dial is not even read.
     let mut call = Call::alone(&stack).await;
     call.say(data(1, vec![0; 1 << 20])).await;
-    assert!(call.heard().await.unwrap().is_none(), "it was read");
+    // The end comes with an error where it overtakes what was sent.
+    let heard = call.heard().await;
+    assert!(!matches!(heard, Ok(Some(_))), "it was read: {heard:?}");
     // Nor is there room for more than a call.
     let mut silent = UnixStream::connect(stack.dir.path().join("konnectivity.sock"))
         .await
