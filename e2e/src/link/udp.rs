@@ -35,9 +35,14 @@ pub(super) async fn run(
         sky,
         late: Late::new(QUEUE),
     });
+    let deliver = async {
+        loop {
+            line.deliver().await;
+        }
+    };
     tokio::select! {
         ended = line.take_all(rebinds) => ended,
-        () = line.deliver() => Ok(()),
+        () = deliver => Ok(()),
     }
 }
 
@@ -152,13 +157,11 @@ impl Line {
         }
     }
 
-    /// Hands over what is due, for ever.
+    /// Hands over the next that is due.
     async fn deliver(&self) {
-        loop {
-            let Datagram { bytes, by, to } = self.late.next().await;
-            // A host that is down answers with ICMP, which shows here; it loses the datagram and not the line.
-            let is_sent = !self.sky.is_cut() && by.send_to(&bytes, to).await.is_ok();
-            self.sky.arrived(is_sent);
-        }
+        let Datagram { bytes, by, to } = self.late.next().await;
+        // A host that is down answers with ICMP, which shows here; it loses the datagram and not the line.
+        let is_sent = !self.sky.is_cut() && by.send_to(&bytes, to).await.is_ok();
+        self.sky.arrived(is_sent);
     }
 }

@@ -29,7 +29,7 @@ const BULKS: usize = 3;
 /// Downloads at once that are read as they come: more than the budget has room for, were they to count.
 const CROWD: u64 = 150;
 /// Dials when all of that is open.
-const DIALS: u64 = 20;
+const DIALS: u32 = 20;
 /// Longest silence of a bulk stream: other builds may share the machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -112,11 +112,11 @@ fn an_agent_with_32_mib_survives_hundreds_of_streams_and_loses_no_byte() {
         }
         // With all of them still open.
         let dialled = Instant::now();
-        for seed in 0..DIALS {
+        for seed in 0..DIALS.into() {
             let mut tunnel = door.open("edge1:10250", Behaviour::Send { bytes: MIB, seed })?;
             whole(&mut tunnel, MIB, seed).context("a dial beside all the rest")?;
         }
-        let dialled = dialled.elapsed() / DIALS as u32;
+        let dialled = dialled.elapsed() / DIALS;
         let sockets = group.socket_peak()?.unwrap_or_default();
         lab::measured(&format!(
             "agent with {} MiB: peak {:.1} MiB ({:.1} at rest), sockets {:.1} MiB beside it; a dial and 1 MiB in {dialled:?}; {STOPPED} + {HANGING} stopped, {QUIET} quiet, {BULKS} x {} MiB each way and {CROWD} x 1 MiB in {:?}",

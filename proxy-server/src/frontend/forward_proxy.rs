@@ -200,7 +200,7 @@ impl ForwardProxy {
         let limit = self.forwarder.timeouts.header;
         self.tasks.spawn("relay", async move {
             match timeout(limit, upgrade).await {
-                Ok(Ok(upgraded)) => relay(opened, upgraded).await,
+                Ok(Ok(upgraded)) => Box::pin(relay(opened, upgraded)).await,
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "the requester left before its answer");
                 }

@@ -57,8 +57,8 @@ pub(crate) fn measure(options: &Options) -> Result<()> {
     };
     let line = json!([{"name": "express", "networks": ["10.50.0.0/16"]}]);
     let server = server(&cloud, dir.path(), options.probed, &line)?;
-    let nodes = format!("corvid_line_probes_total{{line=\"express\",result=\"ok\"}}");
-    until(&cloud, &nodes, options.probed)?;
+    let probes = "corvid_line_probes_total{line=\"express\",result=\"ok\"}";
+    until(&cloud, probes, options.probed)?;
     let probed = cost(&server, &cloud, span)?;
     edge.nft("table ip cut {\n chain all_of_it {\n type filter hook prerouting priority -300\n drop\n }\n }")?;
     until(

@@ -8,13 +8,12 @@ use proto::Reason;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::{Bed, LINE, SOON, every_kind, short, until};
+use super::{Bed, LINE, SOON, every_kind, until};
 use crate::steps::{doors, name_of};
 
 fn reached_without_an_agent(mode: &str) {
     lab::scenario(|lab| {
-        let mut path = short();
-        path["raceAfter"] = json!("100ms");
+        let path = json!({"stable": "3s", "silence": "6s", "raceAfter": "100ms", "probes": {"interval": "1s", "timeout": "1s"}});
         let bed = Bed::without_agent(lab, &path, mode)?;
         let doors = doors(&bed.server)?;
         until(&doors[0], "edge3", LINE)?;

@@ -28,7 +28,7 @@ fn a_line_that_bounces_is_left_once_a_minute_at_most_and_loses_nothing_that_runs
         let (mut requests, mut by_line, mut pings, mut slowest) = (0, 0, 0, Duration::ZERO);
         while start.elapsed() < minute {
             let phase = start.elapsed().as_secs() / PHASE.as_secs();
-            if phase % 2 == 0 {
+            if phase.is_multiple_of(2) {
                 bed.line.cut();
             } else {
                 bed.line.heal();

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{SOON, kubelet, until};
 use crate::api::Api;
-use crate::redirect::host::{beside_an_apiserver, edge, kubernetes};
+use crate::redirect::host::{beside_an_apiserver, edge, kubernetes, node};
 use crate::steps::name_of;
 
 /// What three machines have.
@@ -36,9 +36,9 @@ fn sites(lab: &Lab, api: &Api) -> Result<Sites> {
     )?;
     plant.ip(&format!("addr add {SHARED}/32 dev lo"))?;
     inet.ip(&format!("addr add {SHARED}/32 dev lo"))?;
-    let mut node = edge("plant", &[SHARED]);
-    node["metadata"]["labels"]["apps.openyurt.io/nodepool"] = json!("plants");
-    api.put(node);
+    let labels =
+        json!({"openyurt.io/is-edge-worker": "true", "apps.openyurt.io/nodepool": "plants"});
+    api.put(node("plant", &labels, &[SHARED]));
     api.put(edge("edge1", &[SHARED]));
     Ok(Sites {
         _kubelets: [

@@ -112,7 +112,7 @@ pub(crate) fn edge(name: &str, addresses: &[&str]) -> Value {
     )
 }
 
-pub(super) fn node(name: &str, labels: &Value, addresses: &[&str]) -> Value {
+pub(crate) fn node(name: &str, labels: &Value, addresses: &[&str]) -> Value {
     let addresses: Vec<_> = addresses
         .iter()
         .map(|address| json!({"type": "InternalIP", "address": address}))
