@@ -222,7 +222,8 @@ fn every_object_of_ours_says_whose_it_is_and_where() {
             let wide = ["Namespace", "ClusterRole", "ClusterRoleBinding"];
             let wanted: &[&str] = match text(object, "/kind") {
                 kind if wide.contains(&kind) => &[""],
-                "Role" | "RoleBinding" => &["corvid", "kube-system"],
+                // Events on Nodes, which are in no namespace, are in `default`.
+                "Role" | "RoleBinding" => &["corvid", "kube-system", "default"],
                 _ => &["corvid"],
             };
             if !wanted.contains(&namespace) {
