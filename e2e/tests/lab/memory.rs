@@ -16,9 +16,9 @@ use crate::streams::{download, joined, upload};
 
 /// The limit of the DaemonSet in `deploy/`, and what its configuration says about unread bytes.
 const LIMIT: u64 = 32 * MIB;
-const BUDGET: &str = "4MiB";
+const BUDGET: &str = "2MiB";
 /// Of the limit, what the kernel may keep for sockets, where it counts that apart.
-const SOCKETS: u64 = 11 * MIB;
+const SOCKETS: u64 = 10 * MIB;
 /// Streams whose reader in the cloud has stopped, whose reader at the edge has, and that are open and quiet.
 const STOPPED: u64 = 150;
 const HANGING: u64 = 150;
