@@ -580,11 +580,11 @@ async fn a_scrape_by_a_line_keeps_no_connection_that_could_be_dead_at_the_next()
 async fn the_access_log_says_by_which_line() {
     LazyLock::force(&LINES);
     let (_agents, [mut site]) = sites(["127.0.0.9"]);
-    let to = format!("edge1:{}", site.port());
-    let routes = format!("routes: [{}]", route("edge1", "127.0.0.9"));
+    let to = format!("logged:{}", site.port());
+    let routes = format!("routes: [{}]", route("logged", "127.0.0.9"));
     let mut stack = Stack::start(&(LINE.to_owned() + &routes));
-    stack.agent("edge1", &allow(&[site.port()]));
-    stack.sessions("edge1", 1).await;
+    stack.agent("logged", &allow(&[site.port()]));
+    stack.sessions("logged", 1).await;
     until_word(&stack, &to, "line 127.0.0.9").await;
     let by_line = logged(&to, |line| line["path"] == "direct").await;
     assert_eq!(by_line["line"], "express", "{by_line}");

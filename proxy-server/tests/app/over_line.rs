@@ -190,9 +190,10 @@ async fn which_line_a_session_goes_over_is_seen_by_people() {
     let (stack, _line) = two_ways(&[port]).await;
     drop(open_over_line(&stack, port, 0).await);
     let to = format!("edge1:{port}");
-    let line = logged(&to, |line| line["line"] == "express").await;
+    let session = over(&stack, EXPRESS).id.to_string();
+    let line = logged(&to, |line| line["session"] == session).await;
     assert_eq!(line["path"], "tunnel", "{line}");
-    assert_eq!(line["session"], over(&stack, EXPRESS).id.to_string());
+    assert_eq!(line["line"], "express", "{line}");
     assert!((stack.metric("corvid_sessions_over_lines").await - 1.0).abs() < f64::EPSILON);
 
     let body = daemon::admin::client::get(&stack.admin, "/sessions").await;
