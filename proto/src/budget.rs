@@ -150,13 +150,11 @@ impl Budget {
 
     /// Counts bytes that were read and that the tunnel does not take, for as long as the guard lives.
     #[must_use]
-    pub fn waiting(&self, bytes: usize) -> Waiting {
+    pub fn waiting(&self, bytes: usize) -> Waiting<'_> {
         let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
-        self.0.waiting.fetch_add(bytes, Ordering::Relaxed);
-        Waiting {
-            budget: self.clone(),
-            bytes,
-        }
+        let waiting = &self.0.waiting;
+        waiting.fetch_add(bytes, Ordering::Relaxed);
+        Waiting { waiting, bytes }
     }
 
     /// Bytes that stopped streams may hold now.
@@ -221,15 +219,14 @@ impl SocketBuffer {
 
 /// Bytes that wait for the tunnel.
 #[derive(Debug)]
-pub struct Waiting {
-    budget: Budget,
+pub struct Waiting<'a> {
+    waiting: &'a AtomicU64,
     bytes: u64,
 }
 
-impl Drop for Waiting {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let waiting = &self.budget.0.waiting;
-        waiting.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.waiting.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
