@@ -12,6 +12,7 @@ use tokio::time::Instant;
 mod deployed;
 mod documented;
 mod enrol;
+mod events;
 mod exec;
 mod faults;
 mod forward;
@@ -257,7 +258,7 @@ fn by_dns(steps: &mut Steps, cluster: &mut Cluster) {
     steps.run("dns_names_follow_nodes", || {
         intercepted::names_follow_nodes(cluster, &dns)
     });
-    intercepted_matrix("dns", steps, cluster);
+    matrix("dns", steps, cluster);
 }
 
 /// No egress selector, addresses: rules of the kernel lead kube-apiserver to us.
@@ -271,15 +272,16 @@ fn by_redirect(steps: &mut Steps, cluster: &mut Cluster) {
     if !started {
         return;
     }
-    intercepted_matrix("redirect", steps, cluster);
+    matrix("redirect", steps, cluster);
     steps.run("redirect_gone_leads_nowhere", || {
         intercepted::without_rules(cluster)
     });
 }
 
-fn intercepted_matrix(way: &str, steps: &mut Steps, cluster: &mut Cluster) {
+/// What users ask of nodes, by one more way: what could differ, in short.
+fn matrix<T: Sync>(way: &str, steps: &mut Steps, cluster: &Cluster<T>) {
     let step = |name: &str| format!("{way}_{name}");
-    steps.run(&step("each_of_two_nodes_answers_for_itself"), || {
+    steps.run(&step("each_node_answers_for_itself"), || {
         metrics::each_node_answers_for_itself(cluster)
     });
     steps.run(&step("long_logs_arrive_whole"), || logs::long_logs(cluster));

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::DEADLINE;
 use crate::logs::Followed;
-use crate::{exec, forward, logs, metrics};
+use crate::{events, exec, logs, matrix, metrics};
 
 /// Shorter than what is shipped: a run has minutes.
 const SHORT: &str = "{silence: 10s, stable: 5s, probes: {interval: 2s}}";
@@ -40,7 +40,9 @@ pub(super) fn beside_the_tunnel(steps: &mut Steps, cluster: &mut Cluster<Deploye
     matrix("line_cut", steps, cluster);
     steps.run("line_is_taken_again", || {
         cluster.cut_lines(false)?;
-        by_line(cluster)
+        let by_line = by_line(cluster)?;
+        has_events(cluster, "LineUp")?;
+        Ok(by_line)
     });
     steps.run("line_needs_no_agent", || without_agents(cluster));
 }
@@ -106,23 +108,6 @@ fn without_sessions(cluster: &Cluster<Deployed>) -> Result<String> {
     let said = sessions(cluster, false)?;
     logs::one_line_of_each(cluster)?;
     Ok(said)
-}
-
-fn matrix(way: &str, steps: &mut Steps, cluster: &Cluster<Deployed>) {
-    let step = |name: &str| format!("{way}_{name}");
-    steps.run(&step("each_node_answers_for_itself"), || {
-        metrics::each_node_answers_for_itself(cluster)
-    });
-    steps.run(&step("long_logs_arrive_whole"), || logs::long_logs(cluster));
-    steps.run(&step("exec_hands_on_stdin_and_its_end"), || {
-        exec::stdin(cluster)
-    });
-    steps.run(&step("exec_tells_exit_codes"), || exec::exit_codes(cluster));
-    steps.run(&step("attach_hears_and_speaks"), || exec::attach(cluster));
-    steps.run(&step("cp_copies_both_ways"), || forward::copy(cluster));
-    steps.run(&step("port_forward_carries_10_connections"), || {
-        forward::connections(cluster, 10)
-    });
 }
 
 /// `corvid.io/path=tunnel` where there is no tunnel: what is new is refused, what runs goes on; without it all is well again.
@@ -219,10 +204,23 @@ fn cut(cluster: &Cluster<Deployed>) -> Result<String> {
         }
     }
     let ended = start.elapsed().as_secs_f64();
+    has_events(cluster, "LineDown")?;
     Ok(format!(
         "both answered again after {answered:.1} s; all {} ended after {ended:.1} s",
         runs.len()
     ))
+}
+
+/// Waits until both Nodes have an Event of ours with that reason.
+fn has_events(cluster: &Cluster<Deployed>, reason: &str) -> Result<()> {
+    until(DEADLINE, &format!("both nodes have {reason}"), || {
+        for node in NODES {
+            let there = events::on_node(cluster, node, reason)?;
+            ensure!(!there.is_empty(), "{node} has none");
+        }
+        Ok(())
+    })
+    .with_context(|| cluster.told())
 }
 
 /// Without any agent in the cluster the lines lead to the nodes all the same.
