@@ -162,7 +162,7 @@ fn samples(scrape: &str) -> BTreeSet<String> {
     scrape.lines().filter_map(name).collect()
 }
 
-/// A lab whose server asks a cluster, which does not answer.
+/// A lab whose server asks a cluster, which does not answer, and which has a node on a line that leads nowhere.
 fn small(lab: &Lab) -> Result<Small> {
     let kubeconfig = lab.dir().join("kubeconfig");
     let cluster = json!({
@@ -176,6 +176,9 @@ fn small(lab: &Lab) -> Result<Small> {
         |config| {
             config["kubernetes"] =
                 json!({"kubeconfig": kubeconfig, "dns": {"addresses": ["10.96.0.7"]}});
+            config["lines"] = json!([{"name": "express", "networks": ["198.51.100.0/24"]}]);
+            config["path"] = json!({"probes": {"interval": "1s", "timeout": "1s"}});
+            config["routes"] = json!([{"node": "gone", "addresses": ["198.51.100.9"]}]);
         },
         |_| {},
     )
@@ -199,6 +202,8 @@ fn let_it_happen(lab: &Lab, small: &mut Small) -> Result<()> {
         stream.read_to_end(&mut Vec::new()).ok(); // an alert or a reset
         Ok(())
     })??;
+    let by_line = server.door().open("gone:10250", Behaviour::Name);
+    ensure!(by_line.is_err(), "a line that leads nowhere leads to a node");
     // A configuration that is refused.
     let file = lab.dir().join("proxy-server.yaml");
     let right = fs::read(&file)?;
