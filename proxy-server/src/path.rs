@@ -5,6 +5,7 @@
 //! beside it. Whether lines work is what probes (`probe.rs`) and requests have shown (`health.rs`); which way that makes each
 //! node take is told to people (`used.rs`).
 
+pub(crate) mod answer;
 pub(crate) mod dial;
 pub mod direct;
 pub(crate) mod gate;
@@ -168,7 +169,8 @@ impl Paths {
                 self.suspect(key);
             }
             Some(Evidence::Bad) => self.suspect(key),
-            Some(good) if is_same => {
+            // What answers connections may still lose large packets.
+            Some(good) if is_same && !self.settings.probes.tls => {
                 self.heard(&key, good);
             }
             Some(_) | None => {}

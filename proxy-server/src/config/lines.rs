@@ -174,6 +174,8 @@ pub struct Probes {
     pub rise: u32,
     /// Bad ones in a row before it is down.
     pub fall: u32,
+    /// Whoever is connected to must answer to TLS, too.
+    pub tls: bool,
 }
 
 impl Default for Probes {
@@ -184,6 +186,7 @@ impl Default for Probes {
             per_second: 100,
             rise: 3,
             fall: 2,
+            tls: false,
         }
     }
 }

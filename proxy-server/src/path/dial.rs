@@ -40,7 +40,7 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
-    fn new(bypass: &Bypass, port: u16, reason: Reason, more: &str) -> Self {
+    pub(super) fn new(bypass: &Bypass, port: u16, reason: Reason, more: &str) -> Self {
         let at = SocketAddr::new(bypass.address, port);
         let comma = if more.is_empty() { "" } else { ", " };
         Self {

@@ -1,4 +1,5 @@
-//! Looks whether nodes on lines can be reached: a TCP connect to the kubelet's port, closed at once.
+//! Looks whether nodes on lines can be reached: a TCP connect to the kubelet's port, closed at once, or with
+//! `path.probes.tls` after a handshake (`answer.rs`).
 //!
 //! Which nodes those are is looked up anew when the cluster's nodes change, and each ten seconds. When, [`Schedule`] says;
 //! what follows from it, [`health`](super::health). A request that had to do without the line, or a first bad probe, has
@@ -6,7 +7,7 @@
 //!
 //! | what comes of a probe | means |
 //! | --- | --- |
-//! | connected, or refused | good: the node answers |
+//! | connected, or refused; with `tls` an answer to it, too | good: the node answers |
 //! | nothing within `path.probes.timeout`, no route, the line's interface or address is not there | bad |
 //! | what this server lacks (descriptors), what is never dialled | nothing |
 
@@ -20,6 +21,7 @@ use futures_util::stream::FuturesUnordered;
 use proto::{Destination, Host, Reason};
 use tokio::time::{Instant, sleep_until};
 
+use super::answer;
 use super::dial::Failed;
 use super::health::Evidence;
 use super::policy::{Bypass, Decided};
@@ -184,12 +186,18 @@ async fn probe(forwarder: &Forwarder, key: Key) -> (Key, bool) {
     let deadline = begun + paths.settings.probes.timeout;
     let dialled = forwarder.dial_by(&bypass, port, deadline).await;
     let took = begun.elapsed();
-    let result = match &dialled {
-        Ok(_stream) => "ok",
+    let answered = match dialled {
+        Ok(stream) if paths.settings.probes.tls => {
+            answer::ask(stream, &bypass, port, deadline).await
+        }
+        other => other.map(drop),
+    };
+    let result = match &answered {
+        Ok(()) => "ok",
         Err(failed) => failed.reason.label(),
     };
     paths.metrics.probed(&key.line, result);
-    let shown = evidence(dialled.as_ref().err(), took);
+    let shown = evidence(answered.as_ref().err(), took);
     let is_first = shown.is_some_and(|evidence| paths.heard(&key, evidence));
     (key, is_first)
 }

@@ -76,7 +76,12 @@ fn alert(error: &std::io::Error) -> AlertDescription {
 }
 
 /// A stand-in kubelet that speaks TLS under that name, says it, and echoes.
-fn kubelet(tasks: &mut JoinSet<()>, listener: TcpListener, ca: &TestCa, name: &'static str) {
+pub(crate) fn kubelet(
+    tasks: &mut JoinSet<()>,
+    listener: TcpListener,
+    ca: &TestCa,
+    name: &'static str,
+) {
     let leaf = ca.leaf(&TestLeaf::new(Role::Server, name).with_dns_names(&[name]));
     let key = PrivateKeyDer::from_pem_slice(leaf.key_pem().expose_secret().as_bytes()).unwrap();
     let config = ServerConfig::builder_with_provider(certs::provider())

@@ -10,6 +10,7 @@
 
 mod agents;
 mod allow;
+mod answers;
 mod api;
 mod authority;
 mod cluster;
