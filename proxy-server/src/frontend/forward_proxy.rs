@@ -263,7 +263,9 @@ impl ForwardProxy {
     fn way(&self, wanted: &Request, node: &mut String) -> Result<Way, Refusal> {
         let route = self.forwarder.admit(wanted, node)?;
         let nowhere = || Refusal::about(&wanted.destination, Reason::UnknownDestination);
-        Way::new(route).ok_or_else(nowhere)
+        let mut way = Way::new(route).ok_or_else(nowhere)?;
+        way.by_line = self.forwarder.goes_by_line(way.meant());
+        Ok(way)
     }
 
     fn wanted(&self, requester: Requester, destination: Destination) -> Request {

@@ -167,6 +167,9 @@ impl tower_service::Service<Uri> for Connector {
                 .await;
             let opened = opened.map_err(ConnectError)?;
             let path = opened.path();
+            // A line may be silent by the next scrape, and a request that is on its way is not tried again; and what had to
+            // do without the line is to take it the next time.
+            let is_kept = path != Path::Direct && !way.by_line;
             let (near, mut far) = tokio::io::duplex(BUFFER);
             let cut = Arc::new(OnceLock::new());
             let tell = Arc::clone(&cut);
@@ -175,7 +178,12 @@ impl tower_service::Service<Uri> for Connector {
                     tell.get_or_init(|| reason);
                 }
             });
-            Ok(TokioIo::new(Tunnelled { near, cut, path }))
+            Ok(TokioIo::new(Tunnelled {
+                near,
+                cut,
+                path,
+                is_kept,
+            }))
         })
     }
 }
@@ -187,6 +195,8 @@ struct Tunnelled {
     near: DuplexStream,
     cut: Arc<OnceLock<Reason>>,
     path: Path,
+    /// For further requests.
+    is_kept: bool,
 }
 
 /// Which way a connection takes, for whom is answered over it.
@@ -211,8 +221,7 @@ impl Tunnelled {
 impl Connection for Tunnelled {
     fn connected(&self) -> Connected {
         let connected = Connected::new().extra(Taken(self.path));
-        if self.path == Path::Direct {
-            // A line may be silent by the next scrape, and a request that is on its way is not tried again.
+        if !self.is_kept {
             connected.poison();
         }
         connected

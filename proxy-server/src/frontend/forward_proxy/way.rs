@@ -1,8 +1,9 @@
-//! What kept connections are told apart by: the node, its agent, and what that dials. Not by what was asked for: an
-//! address or a name that is another node's by now must not be answered by the old one.
+//! What kept connections are told apart by: the node, its agent, what that dials, and whether a line goes there now. Not by
+//! what was asked for: an address or a name that is another node's by now must not be answered by the old one.
 //!
 //! hyper's client tells connections apart by the authority of a URI, so a way is written as one: `agent+node@host:port`, and
-//! where a pod is meant `agent+node+namespace+pod+declared@host:port`, its last word 1 or 0.
+//! where a pod is meant `agent+node+namespace+pod+declared@host:port`, its last word 1 or 0. Behind that stands `+line` where
+//! a line is to be taken.
 
 use std::fmt;
 
@@ -11,7 +12,11 @@ use http::uri::{Authority, Scheme};
 use proto::wire::PodPort;
 use proto::{AgentName, Destination};
 
+use crate::path::Meant;
 use crate::route::Route;
+
+/// What stands behind a way by a line.
+const BY_LINE: &str = "line";
 
 /// Where a request over a kept connection goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +27,8 @@ pub(super) struct Way {
     /// By the agent.
     pub(super) dialled: Destination,
     pod: Option<PodPort>,
+    /// By a line, as far as is known when it is asked for.
+    pub(super) by_line: bool,
 }
 
 impl Way {
@@ -38,6 +45,7 @@ impl Way {
                 node,
                 dialled: to,
                 pod,
+                by_line: false,
             }),
             Route::Elsewhere(_) => None,
         }
@@ -46,22 +54,32 @@ impl Way {
     /// The way that the client was given.
     pub(super) fn of(uri: &Uri) -> Option<Self> {
         let (who, dialled) = uri.authority()?.as_str().split_once('@')?;
-        let mut who = who.split('+');
-        let (agent, node) = (who.next()?, who.next()?);
-        let pod = match (who.next(), who.next(), who.next(), who.next()) {
-            (None, ..) => None,
-            (Some(namespace), Some(pod), Some(declared), None) => Some(PodPort {
-                pod: format!("{namespace}/{pod}"),
-                node: node.to_owned(),
-                declared: declared == "1",
-            }),
-            (Some(_), ..) => return None,
+        let words: Vec<_> = who.split('+').collect();
+        let (agent, node, pod, line) = match *words {
+            [agent, node] => (agent, node, None, None),
+            [agent, node, line] => (agent, node, None, Some(line)),
+            [agent, node, namespace, pod, declared] => {
+                (agent, node, Some((namespace, pod, declared)), None)
+            }
+            [agent, node, namespace, pod, declared, line] => {
+                (agent, node, Some((namespace, pod, declared)), Some(line))
+            }
+            _ => return None,
         };
         Some(Self {
             agent: agent.parse().ok()?,
             node: node.to_owned(),
             dialled: dialled.parse().ok()?,
-            pod,
+            pod: pod.map(|(namespace, pod, declared)| PodPort {
+                pod: format!("{namespace}/{pod}"),
+                node: node.to_owned(),
+                declared: declared == "1",
+            }),
+            by_line: match line {
+                Some(word) if word == BY_LINE => true,
+                Some(_) => return None,
+                None => false,
+            },
         })
     }
 
@@ -71,6 +89,15 @@ impl Way {
         parts.scheme = Some(Scheme::HTTP);
         parts.authority = Some(Authority::try_from(self.to_string()).ok()?);
         Uri::from_parts(parts).ok()
+    }
+
+    /// What is meant, for who decides about lines.
+    pub(super) fn meant(&self) -> Meant<'_> {
+        Meant {
+            node: &self.node,
+            to: &self.dialled,
+            pod: self.pod.as_ref(),
+        }
     }
 
     /// As a route, for what the agent dials.
@@ -89,6 +116,9 @@ impl fmt::Display for Way {
         write!(f, "{}+{}", self.agent, self.node)?;
         if let Some(PodPort { pod, declared, .. }) = &self.pod {
             write!(f, "+{}+{}", pod.replace('/', "+"), u8::from(*declared))?;
+        }
+        if self.by_line {
+            write!(f, "+{BY_LINE}")?;
         }
         write!(f, "@{}", self.dialled)
     }
@@ -150,7 +180,18 @@ mod tests {
             let uri = way.uri(&asked).unwrap();
             assert_eq!(uri.to_string(), format!("http://{written}/metrics?x=1"));
             assert_eq!(Way::of(&uri).as_ref(), Some(&way));
-            assert_eq!(Way::new(way.route()), Some(way));
+            assert_eq!(Way::new(way.route()).as_ref(), Some(&way));
+            let by_line = Way {
+                by_line: true,
+                ..way
+            };
+            let uri = by_line.uri(&asked).unwrap();
+            let (who, at) = written.split_once('@').unwrap();
+            assert_eq!(
+                uri.to_string(),
+                format!("http://{who}+line@{at}/metrics?x=1")
+            );
+            assert_eq!(Way::of(&uri), Some(by_line));
         }
     }
 
@@ -179,6 +220,9 @@ mod tests {
             "http://edge1@edge1:1/",
             "/metrics",
             "http://a+b@c/",
+            "http://a+b+lines@c:1/",
+            "http://a+b+c+d@c:1/",
+            "http://a+b+c+d+1+line+e@c:1/",
         ] {
             assert_eq!(Way::of(&uri.parse().unwrap()), None, "{uri}");
         }
