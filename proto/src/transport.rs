@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use crate::Reason;
 
@@ -132,6 +133,10 @@ pub trait Session: Clone + Debug + Send + Sync + 'static {
 
     /// Its figures now.
     fn stats(&self) -> SessionStats;
+
+    /// When the newest packet was sent that the peer has acknowledged: until then both directions have worked. `None`
+    /// before the first, and where the transport does not know.
+    fn answered(&self) -> Option<Instant>;
 }
 
 /// Where bytes go. Dropped unfinished it resets the stream.

@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Standing, Verdict};
 use crate::limits::{Knock, Limits, Side};
-use crate::registry::{Doubt, LiveSession, Loss, Lost, OverLine, Rank};
+use crate::registry::{Doubt, LiveSession, Loss, Lost, Rank};
 use crate::serve::Forwarder;
 
 /// A session may outlive its leaf by this: the agent opens one with the new leaf long before.
@@ -122,11 +122,15 @@ impl Backend {
         match self.greet(&transport, &agent, &peer).await {
             Ok((control, accepted, id)) => {
                 let stable = self.forwarder.paths.settings.stable;
+                let line = accepted.line.map(|name| {
+                    let registry = &self.forwarder.registry;
+                    registry.over_line(&agent, name, stable)
+                });
                 let session = LiveSession {
                     id,
                     agent,
                     node_uid: peer.node_uid.clone(),
-                    line: accepted.line.map(|name| OverLine::new(name, stable)),
+                    line,
                     instance: accepted.instance,
                     kind: "quic",
                     liveness: Liveness::new(self.keepalive),
@@ -274,9 +278,15 @@ impl Backend {
     }
 
     /// What a new session means for the older ones of its agent: those that are dead are found out, above the limit the
-    /// oldest are told to go, and above twice the limit they are closed, so that no agent can fill the server.
-    fn relieve(&self, newer: &LiveSession<QuicSession>, older: Vec<Arc<LiveSession<QuicSession>>>) {
+    /// oldest are told to go, those first in whose place it is, and above twice the limit they are closed, so that no agent
+    /// can fill the server.
+    fn relieve(
+        &self,
+        newer: &LiveSession<QuicSession>,
+        mut older: Vec<Arc<LiveSession<QuicSession>>>,
+    ) {
         let count = older.len() + 1;
+        older.sort_by_key(|old| !newer.tells_of(old));
         for (i, old) in older.into_iter().enumerate() {
             // So many would be left if this one and all before it went.
             let left = count - i - 1;

@@ -96,7 +96,7 @@ impl<S: Session> PeerSession<S> {
 
     /// How good it is for the next stream.
     pub fn rank(&self) -> Rank {
-        let doubted = self.doubt.is_there(|| self.transport.stats().received);
+        let doubted = self.doubt.is_there(|| self.transport.answered());
         let silent = self.is_suspect() || doubted;
         Rank::of(silent, self.going.load(Ordering::Relaxed))
     }

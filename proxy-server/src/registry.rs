@@ -11,10 +11,10 @@ mod loss;
 mod over;
 mod rank;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use certs::NodeUid;
 pub use changes::Place;
@@ -25,10 +25,13 @@ use proto::control::{ControlHandle, GoAway, Liveness};
 use proto::transport::Session;
 use proto::transport::keepalive::Verdict;
 use proto::wire::{AgentState, Departure, Draft};
-use proto::{AgentName, Reason, SessionId};
+use proto::{AgentName, LineName, Reason, SessionId};
 pub use rank::{Doubt, Rank};
 use tokio::sync::watch;
 use tokio::time::Instant;
+
+/// So many lines of an agent are remembered.
+const MOST_LINES: usize = 4;
 
 /// One live session and what is known of it.
 #[derive(Debug)]
@@ -86,7 +89,7 @@ impl<S: Session> LiveSession<S> {
 
     /// How good it is for the next stream.
     pub fn rank(&self) -> Rank {
-        let doubted = self.doubt.is_there(|| self.transport.stats().received);
+        let doubted = self.doubt.is_there(|| self.transport.answered());
         let silent = self.is_suspect() || doubted;
         Rank::of(silent, self.going.load(Ordering::Relaxed))
     }
@@ -146,6 +149,20 @@ struct Agent<S> {
     /// Oldest first.
     sessions: Vec<Arc<LiveSession<S>>>,
     lost: Option<Lost>,
+    /// What is known of lines by sessions that have ended, the newest last; [`MOST_LINES`] at most.
+    lines: VecDeque<OverLine>,
+}
+
+impl<S> Agent<S> {
+    /// What is known of that line.
+    fn line(&self, name: &str) -> Option<&OverLine> {
+        let is_it = |line: &&OverLine| line.name() == name;
+        let of_sessions = self.sessions.iter().rev();
+        let mut running = of_sessions.filter_map(|session| session.line.as_ref());
+        running
+            .find(is_it)
+            .or_else(|| self.lines.iter().find(is_it))
+    }
 }
 
 #[derive(Debug)]
@@ -211,6 +228,7 @@ impl<S: Session> Registry<S> {
             .or_insert_with(|| Agent {
                 sessions: Vec::new(),
                 lost: None,
+                lines: VecDeque::new(),
             });
         agent.sessions.push(Arc::clone(&session));
         // Told anew with each session: the last to be told is where an agent was last seen to come.
@@ -222,6 +240,15 @@ impl<S: Session> Registry<S> {
             session,
             lost: None,
         }
+    }
+
+    /// The line that a new session of that agent goes over: as well as the last one over it has found it to be.
+    #[must_use]
+    pub fn over_line(&self, agent: &AgentName, name: LineName, stable: Duration) -> OverLine {
+        let agents = self.0.agents.lock();
+        let known = agents.seen.get(agent);
+        let before = known.and_then(|agent| agent.line(name.as_str()));
+        OverLine::new(name, stable).after(before)
     }
 
     /// The session for the next stream: healthy before suspect, staying before going, a line
@@ -349,6 +376,15 @@ impl<S: Session> Drop for Registration<S> {
             return;
         };
         agent.sessions.retain(|s| s.id != self.session.id);
+        if let Some(line) = &self.session.line {
+            // Whether it was silent at its end, though nobody asked.
+            self.session.worth();
+            agent.lines.retain(|other| other.name() != line.name());
+            agent.lines.push_back(line.copy());
+            if agent.lines.len() > MOST_LINES {
+                agent.lines.pop_front();
+            }
+        }
         agent.lost = self.lost.or(agent.lost);
         if !agent.sessions.is_empty() {
             return;

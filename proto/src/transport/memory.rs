@@ -196,6 +196,10 @@ impl Session for MemorySession {
             ..SessionStats::default()
         }
     }
+
+    fn answered(&self) -> Option<tokio::time::Instant> {
+        None
+    }
 }
 
 #[derive(Debug)]

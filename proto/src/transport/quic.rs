@@ -216,6 +216,10 @@ impl Session for QuicSession {
             mtu: stats.path.current_mtu,
         }
     }
+
+    fn answered(&self) -> Option<tokio::time::Instant> {
+        headroom::answered(&self.connection)
+    }
 }
 
 /// What quinn's end of a connection means to us.

@@ -44,6 +44,20 @@ impl OverLine {
         Self { name, stable, gate }
     }
 
+    /// What is known of it now.
+    pub(super) fn copy(&self) -> Self {
+        Self::new(self.name.clone(), self.stable).after(Some(self))
+    }
+
+    /// The same, as well as it was found to be by a session over it that has ended or is about to.
+    #[must_use]
+    pub fn after(self, before: Option<&Self>) -> Self {
+        if let Some(before) = before {
+            *self.gate.lock() = *before.gate.lock();
+        }
+        self
+    }
+
     /// What the agent calls it.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -1,6 +1,7 @@
 //! How good a session is for the next stream: of an agent, or of another server.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use parking_lot::Mutex;
+use tokio::time::Instant;
 
 /// Better ones are greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,23 +29,24 @@ impl Rank {
     }
 }
 
-/// Whether a request has found a session silent, long before its keepalives would show it. It lasts until a byte comes.
+/// Whether a request has found a session silent, long before its keepalives would show it. It lasts until something is
+/// acknowledged that was sent later: bytes that come show one direction alone.
 #[derive(Debug, Default)]
-pub struct Doubt(AtomicU64);
+pub struct Doubt(Mutex<Option<Instant>>);
 
 impl Doubt {
-    /// Nothing has come since this many bytes.
-    pub fn raise(&self, received: u64) {
-        self.0.store(received.saturating_add(1), Ordering::Relaxed);
+    /// Nothing is acknowledged that was sent since then.
+    pub fn raise(&self, since: Instant) {
+        *self.0.lock() = Some(since);
     }
 
-    /// Whether it is doubted still; `received` says how many bytes have come by now.
-    pub fn is_there(&self, received: impl FnOnce() -> u64) -> bool {
-        let raised = self.0.load(Ordering::Relaxed);
-        // A transport's figures cost a lock, and doubts are rare.
-        let there = raised != 0 && received() < raised;
-        if raised != 0 && !there {
-            self.0.store(0, Ordering::Relaxed);
+    /// Whether it is doubted still; `answered` says when the newest packet was sent that is acknowledged by now.
+    pub fn is_there(&self, answered: impl FnOnce() -> Option<Instant>) -> bool {
+        let mut raised = self.0.lock();
+        // What a transport knows costs a lock, and doubts are rare.
+        let there = raised.is_some_and(|since| answered().is_none_or(|sent| sent < since));
+        if !there {
+            *raised = None;
         }
         there
     }
@@ -52,6 +54,8 @@ impl Doubt {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -62,14 +66,19 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_lasts_until_something_is_heard() {
+    fn a_doubt_lasts_until_something_is_acknowledged_that_was_sent_later() {
         let doubt = Doubt::default();
-        assert!(!doubt.is_there(|| 0));
-        for before in [0, 100] {
-            doubt.raise(before);
-            assert!(doubt.is_there(|| before) && doubt.is_there(|| before));
-            assert!(!doubt.is_there(|| before + 1));
-            assert!(!doubt.is_there(|| before), "it is over once and for all");
+        assert!(!doubt.is_there(|| None));
+        let since = Instant::now();
+        let (earlier, later) = (
+            since - Duration::from_millis(1),
+            since + Duration::from_millis(1),
+        );
+        for answered in [since, later] {
+            doubt.raise(since);
+            assert!(doubt.is_there(|| None) && doubt.is_there(|| Some(earlier)));
+            assert!(!doubt.is_there(|| Some(answered)));
+            assert!(!doubt.is_there(|| None), "it is over once and for all");
         }
     }
 }

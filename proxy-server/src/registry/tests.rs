@@ -1,7 +1,5 @@
 //! Tests of the registry, over the in-memory transport.
 
-use std::time::Duration;
-
 use proto::transport::memory::MemorySession;
 
 use super::testing::{live, live_over};
@@ -71,11 +69,12 @@ async fn a_session_over_a_line_goes_before_newer_ones_while_the_line_is_well() {
     assert_eq!(picked(), line.id);
 
     // A request finds it silent: the other goes first at once, and for a while after it is heard again.
-    line.doubt.raise(u64::MAX - 1);
+    let found = Instant::now();
+    line.doubt.raise(found);
     assert_eq!(picked(), internet.id);
     tokio::time::advance(stable).await;
     assert_eq!(picked(), internet.id, "it is silent still");
-    assert!(!line.doubt.is_there(|| u64::MAX), "it is heard");
+    assert!(!line.doubt.is_there(|| Some(found)), "it answers");
     assert_eq!(picked(), internet.id, "not stable");
     tokio::time::advance(stable - Duration::from_millis(1)).await;
     assert_eq!(picked(), internet.id, "not quite");
@@ -86,6 +85,33 @@ async fn a_session_over_a_line_goes_before_newer_ones_while_the_line_is_well() {
     assert_eq!(picked(), internet.id, "both are suspect");
     drop(guard);
     assert_eq!(picked(), line.id, "shaky, and the only one");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_over_a_line_begins_as_the_last_one_over_it_has_ended() {
+    let registry = Registry::<MemorySession>::default();
+    let name: AgentName = "edge1".parse().unwrap();
+    let stable = Duration::from_secs(10);
+    let begins = |line: &str| {
+        let over = registry.over_line(&name, line.parse().unwrap(), stable);
+        over.look(false)
+    };
+    for (silence, wanted) in [(40, Over::ShakyLine), (1, Over::Line)] {
+        let (session, _end) = live_over("edge1", Some(("express", stable))).await;
+        let registered = registry.register(session);
+        tokio::time::advance(Duration::from_secs(silence)).await;
+        drop(registered);
+        assert_eq!(begins("express"), wanted);
+        assert_eq!(begins("vpn"), Over::Line, "another line");
+    }
+    // Lines of one agent are no way to fill this server.
+    for i in 0..100 {
+        let name = format!("line-{i}").leak();
+        let (session, _end) = live_over("edge1", Some((name, stable))).await;
+        drop(registry.register(session));
+    }
+    let agents = registry.0.agents.lock();
+    assert_eq!(agents.seen[&name].lines.len(), MOST_LINES);
 }
 
 #[tokio::test]

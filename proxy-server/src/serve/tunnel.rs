@@ -1,11 +1,12 @@
 //! To the edge: which session is tried, in which order, and which beside another.
 //!
-//! A healthy session of the agent here goes before one at another server, then those that are to go, then those that are
-//! silent; of several here one over a dedicated line goes first, then the newest, and among servers the newest announcement. The next way is tried when one has failed without a byte of
-//! the request on its way, and *beside* one whose transport gives no sign of life at all within a few round trips: a
-//! live one acknowledges the header at once, however long the dial takes. A server that is alive and does not answer is
-//! given three seconds more. The first answer counts; what it leaves behind
-//! is reset, and the agent there gives its dial up.
+//! A healthy session of the agent here goes before one at another server, then those over a line that was silent of late,
+//! then those that are to go, then those that are silent; of several here one over a dedicated line goes first, then the
+//! newest, and among servers the newest announcement. The next way is tried when one has failed without a byte of the
+//! request on its way, and *beside* one that does not acknowledge what it is sent within a few round trips: a live one
+//! acknowledges the header at once, however long the dial takes, and what else comes of it shows one direction alone. A
+//! server that is alive and does not answer is given three seconds more. The first answer counts; what it leaves behind is
+//! reset, and the agent there gives its dial up.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use proto::Reason;
-use proto::transport::Session;
+use proto::transport::{Session, SessionStats};
 use proto::wire::Departure;
 use tokio::time::{Instant, sleep};
 
@@ -65,7 +66,10 @@ impl Forwarder {
                         tried(&way);
                         let stats = way.transport().stats();
                         until.as_mut().reset(Instant::now() + patience(stats.rtt));
-                        watched = Watched::Sign(stats.received);
+                        watched = Watched::Sign(Before {
+                            at: Instant::now(),
+                            stats,
+                        });
                         ways.push(way.clone());
                         running.push(attempt(way, ask));
                     }
@@ -117,15 +121,25 @@ impl Forwarder {
         let here = self.registry.of(&ask.agent).into_iter().zip(0_u64..);
         let here = here.map(|(session, age)| {
             let (rank, over) = session.worth();
-            (rank, true, (over, age), Way::Agent(session))
+            (
+                (rank, over != Over::ShakyLine),
+                true,
+                (over, age),
+                Way::Agent(session),
+            )
         });
         let there = match reach {
             Reach::Here => Vec::new(),
             Reach::Anywhere => self.peers.with_session_of(&ask.agent),
         };
-        let there = there
-            .into_iter()
-            .map(|(rank, number, peer)| (rank, false, (Over::Internet, number), Way::Peer(peer)));
+        let there = there.into_iter().map(|(rank, number, peer)| {
+            (
+                (rank, true),
+                false,
+                (Over::Internet, number),
+                Way::Peer(peer),
+            )
+        });
         here.chain(there)
             .filter(|(.., way)| !tried.iter().any(|other| other.is(way)))
             .max_by_key(|(rank, is_here, order, _)| (*rank, *is_here, *order))
@@ -187,25 +201,44 @@ fn patience(rtt: Duration) -> Duration {
     (rtt * 4).clamp(LEAST_PATIENCE, MOST_PATIENCE)
 }
 
+/// What a way was like before a request was sent on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Before {
+    at: Instant,
+    stats: SessionStats,
+}
+
+impl Before {
+    /// Whether nothing shows that what was sent since has arrived. Where nothing could be sent, bytes that came must do.
+    fn is_silent(&self, transport: &impl Session) -> bool {
+        let now = transport.stats();
+        if now.sent_packets > self.stats.sent_packets {
+            transport.answered().is_none_or(|sent| sent < self.at)
+        } else {
+            now.received <= self.stats.received
+        }
+    }
+}
+
 /// What a way is watched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Watched {
-    /// Any sign of life, after so many bytes.
-    Sign(u64),
+    /// Any sign of life, since then.
+    Sign(Before),
     /// The answer.
     Answer,
     /// Nothing: it is alive, and an agent that is alive dials.
     NoMore,
 }
 
-/// Whether nothing came that way since. It is then doubted by other requests as well.
+/// Whether that way is silent since. It is then doubted by other requests as well.
 fn doubted(way: Option<&Way>, watched: Watched) -> bool {
     let (Some(way), Watched::Sign(before)) = (way, watched) else {
         return false;
     };
-    let silent = way.transport().stats().received <= before;
+    let silent = before.is_silent(way.transport());
     if silent {
-        way.doubt().raise(before);
+        way.doubt().raise(before.at);
     }
     silent
 }

@@ -131,6 +131,8 @@ pub(crate) async fn announced(at: &Stack, agent: &str, servers: usize) {
 pub(crate) struct Line {
     pub(crate) address: SocketAddr,
     cut: Arc<AtomicBool>,
+    /// What the server sends is lost, and no more.
+    deaf: Arc<AtomicBool>,
     _forwarder: JoinSet<()>,
 }
 
@@ -141,6 +143,8 @@ impl Line {
         let cut = Arc::new(AtomicBool::new(false));
         let mut forwarder = JoinSet::new();
         let is_cut = Arc::clone(&cut);
+        let deaf = Arc::new(AtomicBool::new(false));
+        let is_deaf = Arc::clone(&deaf);
         forwarder.spawn(async move {
             let mut backs: std::collections::HashMap<SocketAddr, Arc<UdpSocket>> =
                 Default::default();
@@ -153,8 +157,8 @@ impl Line {
                         let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
                         back.connect(to).await.unwrap();
                         backs.insert(from, Arc::clone(&back));
-                        let (back, front, cut) =
-                            (Arc::clone(&back), Arc::clone(&front), Arc::clone(&is_cut));
+                        let (back, front) = (Arc::clone(&back), Arc::clone(&front));
+                        let (cut, deaf) = (Arc::clone(&is_cut), Arc::clone(&is_deaf));
                         returns.spawn(async move {
                             let mut buffer = vec![0; 65_536];
                             loop {
@@ -162,7 +166,7 @@ impl Line {
                                 let Ok(count) = back.recv(&mut buffer).await else {
                                     continue;
                                 };
-                                if !cut.load(Ordering::Relaxed) {
+                                if !cut.load(Ordering::Relaxed) && !deaf.load(Ordering::Relaxed) {
                                     front.send_to(&buffer[..count], from).await.ok();
                                 }
                             }
@@ -178,6 +182,7 @@ impl Line {
         Self {
             address,
             cut,
+            deaf,
             _forwarder: forwarder,
         }
     }
@@ -186,7 +191,13 @@ impl Line {
         self.cut.store(true, Ordering::Relaxed);
     }
 
+    /// From now on the agent hears nothing, and is heard.
+    pub(crate) fn deafen(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn heal(&self) {
+        self.deaf.store(false, Ordering::Relaxed);
         self.cut.store(false, Ordering::Relaxed);
     }
 }

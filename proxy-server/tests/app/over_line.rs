@@ -4,16 +4,16 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use proto::Reason;
 use proto::control::{Control, Liveness};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::QuicSession;
 use proto::transport::{SendHalf, Session};
-use proto::wire::{Offer, encode, pb};
-use proxy_server::registry::LiveSession;
+use proto::wire::{Offer, StreamReply, encode, pb};
+use proto::{FrameReader, Reason};
+use proxy_server::registry::{LiveSession, Rank};
 use proxy_server::status::{Explained, SessionStatus};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UdpSocket, UnixStream};
+use tokio::net::{TcpListener, UdpSocket, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
@@ -141,6 +141,101 @@ async fn requests_go_over_the_line_while_it_works_and_over_the_internet_while_it
     assert_eq!(sessions(&stack).len(), 2);
     drop((held, beside, back));
     stack.stop().await;
+}
+
+/// Something that says a word each moment to whoever has connected.
+async fn ticker(tasks: &mut JoinSet<()>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tasks.spawn(async move {
+        let mut running = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            running.spawn(async move {
+                while stream.write_all(b"tick\n").await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_loses_what_the_server_sends_is_left_though_the_agent_is_heard() {
+    let mut edge = JoinSet::new();
+    let (port, ticks) = (echo(&mut edge).await, ticker(&mut edge).await);
+    let (stack, line) = two_ways(&[port, ticks]).await;
+    // It goes on saying things over the line all the while.
+    let mut ticking = None;
+    let over_line = async {
+        while over(&stack, EXPRESS).streams.load(Ordering::Relaxed) == 0 {
+            ticking = stack.connect(&format!("edge1:{ticks}")).await.ok();
+        }
+    };
+    within(over_line).await;
+    line.deafen();
+    for _ in 0..10 {
+        let (_stream, way) = open(&stack, port, 1).await;
+        assert_eq!(way, None);
+    }
+    drop(ticking);
+    stack.shutdown.cancel();
+}
+
+/// An agent's session that dials nothing, and says so in these words.
+async fn denies(
+    running: &mut JoinSet<()>,
+    at: &Stack,
+    own: &certs::Own,
+    line: Option<&str>,
+    words: &'static str,
+) {
+    let session = bare_session(at, own).await.unwrap();
+    let offer = Offer {
+        line: line.map(|line| line.parse().unwrap()),
+        ..offer("edge1")
+    };
+    let (control, _) = Control::dial(session.clone(), &offer).await.unwrap();
+    run(running, control);
+    running.spawn(async move {
+        while let Ok((mut send, recv)) = session.accept().await {
+            let mut reader = FrameReader::new(recv);
+            reader.read::<pb::StreamHeader>().await.ok();
+            let denied: StreamReply = Err((Reason::DestinationDenied, words.to_owned()));
+            let denied = encode(&pb::StreamReply::from(&denied));
+            send.write_chunk(denied).await.ok();
+            send.finish().ok();
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_was_silent_is_left_for_another_servers_session_until_it_is_stable() {
+    let stable = "path: {stable: 1h}";
+    let [a, b] = fleet([(Kind::Full, stable), (Kind::Full, stable)]).await;
+    let mut running = JoinSet::new();
+    let own = a.enrolled("edge1").await;
+    denies(&mut running, &a, &own, EXPRESS, "over the line").await;
+    denies(&mut running, &b, &own, None, "over the internet").await;
+    a.sessions("edge1", 1).await;
+    announced(&a, "edge1", 1).await;
+    let said = async || within(a.connect("edge1:1")).await.unwrap_err();
+    assert!(said().await.contains("over the line"));
+    // A request has found it silent, and it answers again.
+    let session = over(&a, EXPRESS);
+    session.doubt.raise(Instant::now());
+    let internet = said().await;
+    assert!(internet.contains("over the internet"), "{internet}");
+    eventually("the line is there again", || {
+        session.rank() == Rank::Healthy
+    })
+    .await;
+    for _ in 0..5 {
+        let said = said().await;
+        assert!(said.contains("over the internet"), "{said}");
+    }
+    a.shutdown.cancel();
+    b.shutdown.cancel();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

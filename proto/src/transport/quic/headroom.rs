@@ -2,13 +2,13 @@
 //!
 //! quinn counts both against the window like any data. A sender that had data in flight when its line was cut has a full
 //! window for as long as nothing is acknowledged, so it could neither probe before its doubled time-outs are over nor
-//! say that it closes. [`Headroom`] widens the window by what these need; the first acknowledgement takes it back.
+//! say that it closes. As it hears of acknowledgements, it also knows what they say of the line. [`Headroom`] widens the window by what these need; the first acknowledgement takes it back.
 
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
@@ -18,10 +18,15 @@ const PROBE: u64 = 64 << 10;
 /// No window at all: this connection sends nothing but its close any more.
 const UNBOUNDED: u64 = 1 << 40;
 
+/// What instants are counted from, as an atomic has none.
+static EPOCH: LazyLock<Instant> = LazyLock::new(|| tokio::time::Instant::now().into_std());
+
 /// A congestion controller whose window can be exceeded on purpose. Clones share the permission.
 struct Headroom {
     inner: Box<dyn Controller>,
     extra: Arc<AtomicU64>,
+    /// When the newest packet was sent that is acknowledged, nanoseconds since the epoch; 0 before the first.
+    answered: Arc<AtomicU64>,
 }
 
 /// Wraps each controller that the inner factory makes.
@@ -31,7 +36,8 @@ impl<F: ControllerFactory + Send + Sync + 'static> ControllerFactory for Headroo
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
         Box::new(Headroom {
             inner: Arc::clone(&self.0).build(now, current_mtu),
-            extra: Arc::new(AtomicU64::new(0)),
+            extra: Arc::default(),
+            answered: Arc::default(),
         })
     }
 }
@@ -61,6 +67,9 @@ impl Controller for Headroom {
         if self.extra.load(Ordering::Relaxed) != 0 {
             self.extra.fetch_and(UNBOUNDED, Ordering::Relaxed);
         }
+        let sent_at = sent.saturating_duration_since(*EPOCH).as_nanos();
+        let sent_at = u64::try_from(sent_at).unwrap_or(u64::MAX);
+        self.answered.fetch_max(sent_at, Ordering::Relaxed);
         self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
@@ -102,6 +111,7 @@ impl Controller for Headroom {
         Box::new(Self {
             inner: self.inner.clone_box(),
             extra: Arc::clone(&self.extra),
+            answered: Arc::clone(&self.answered),
         })
     }
 
@@ -114,21 +124,27 @@ impl Controller for Headroom {
     }
 }
 
-fn extra(connection: &quinn::Connection) -> Option<Arc<AtomicU64>> {
-    let state = connection.congestion_state().into_any();
-    state.downcast::<Headroom>().ok().map(|state| state.extra)
+fn of(connection: &quinn::Connection) -> Option<Box<Headroom>> {
+    connection.congestion_state().into_any().downcast().ok()
+}
+
+/// When the newest packet was sent that is acknowledged.
+pub(super) fn answered(connection: &quinn::Connection) -> Option<tokio::time::Instant> {
+    let nanos = of(connection)?.answered.load(Ordering::Relaxed);
+    let sent = *EPOCH + Duration::from_nanos(nanos);
+    (nanos != 0).then(|| sent.into())
 }
 
 /// Lets one more probe out.
 pub(super) fn for_probe(connection: &quinn::Connection) {
-    if let Some(extra) = extra(connection) {
-        extra.fetch_add(PROBE, Ordering::Relaxed);
+    if let Some(state) = of(connection) {
+        state.extra.fetch_add(PROBE, Ordering::Relaxed);
     }
 }
 
 /// Lets the close out that comes next.
 pub(super) fn for_close(connection: &quinn::Connection) {
-    if let Some(extra) = extra(connection) {
-        extra.fetch_or(UNBOUNDED, Ordering::Relaxed);
+    if let Some(state) = of(connection) {
+        state.extra.fetch_or(UNBOUNDED, Ordering::Relaxed);
     }
 }

@@ -53,7 +53,7 @@ async fn healthy_ones_with_the_newest_announcement_are_asked_first() {
     assert_eq!(order(&peers, "edge1"), ["proxy-2", "proxy-1"]);
     two.going.store(true, Ordering::Relaxed);
     assert_eq!(order(&peers, "edge1"), ["proxy-1", "proxy-2"]);
-    one.doubt.raise(0);
+    one.doubt.raise(Instant::now());
     assert_eq!(order(&peers, "edge1"), ["proxy-2", "proxy-1"]);
     tokio::time::advance(SUSPECT).await;
     let ranks: Vec<_> = peers.with_session_of(&name("edge1"));
