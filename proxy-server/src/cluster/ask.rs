@@ -48,6 +48,11 @@ pub(crate) enum AskError {
 }
 
 impl AskError {
+    /// Whether the same may be taken later.
+    pub(super) fn is_of_the_moment(&self) -> bool {
+        self.label() == "unavailable"
+    }
+
     /// For metrics.
     pub(super) const fn label(&self) -> &'static str {
         match self {

@@ -7,7 +7,7 @@
 //! | failure (metric label) | what happens |
 //! | --- | --- |
 //! | `refused`: 401, 403, what kube-apiserver does not like of it | that change is not told; said in the log once until one is taken again |
-//! | `unavailable`: no answer in time, 429, 5xx, can't be reached | the same; the next one is tried with a new client |
+//! | `unavailable`: no answer in time, 429, 5xx, can't be reached | the node waits again, behind the others, and all of them for some seconds; then a new client is tried |
 //! | `missing`: the Event that would count has gone meanwhile | another one is made |
 //! | `conflict`: there is one of that name | as `refused` |
 //!
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::ask::{AskError, Asker, within};
 use super::client::Source;
@@ -37,6 +37,8 @@ const BURST: u32 = 25;
 const PER_SECOND: u32 = 5;
 /// For one of them.
 const LIMIT: Duration = Duration::from_secs(10);
+/// How long nobody is told where kube-apiserver is away.
+const AWAY: Duration = Duration::from_secs(5);
 /// Longest note (Kubernetes).
 const MOST_NOTE: usize = 1024;
 
@@ -83,7 +85,12 @@ impl Events {
             };
             turn.taken(Instant::now());
             let told = self.tell(&change, uid).await;
+            let is_away = told.as_ref().is_err_and(AskError::is_of_the_moment);
             self.note(&change.node, told);
+            if is_away {
+                forwarder.paths.untold(change);
+                sleep(AWAY).await;
+            }
         }
     }
 
@@ -191,6 +198,7 @@ fn event(change: &Change, server: &str) -> Event {
     let fallen = |line: &str, down: Down| match down {
         Down::Line => format!("line {line} is down"),
         Down::Node => format!("the node is down on line {line}"),
+        Down::LedBack => format!("what is dialled by line {line} comes back to that server"),
     };
     let (action, do_so) = match &change.to {
         Use::Tunnel => ("UseTunnel", "go through the tunnel".to_owned()),

@@ -7,6 +7,7 @@
 //! | `tunnel` | – | the tunnel |
 //! | `auto` | works, as far as is known | the line |
 //! | `auto` | it, or the node on it, is down | the tunnel in its place; without a session the line all the same |
+//! | `auto` | what is dialled by it comes back here | the tunnel in its place |
 //! | `direct` | works, or is down | the line |
 //! | `direct`, and no line may be taken | – | nothing |
 //!
@@ -56,8 +57,8 @@ impl Use {
     pub(crate) const fn label(&self, has_session: bool) -> &'static str {
         match (self, has_session) {
             (Self::Tunnel | Self::Instead(..), true) => "tunnel",
+            (Self::Tunnel | Self::Instead(_, Down::LedBack), false) | (Self::Nothing, _) => "none",
             (Self::Line(_) | Self::Alone(..), _) | (Self::Instead(..), false) => "direct",
-            (Self::Tunnel, false) | (Self::Nothing, _) => "none",
         }
     }
 
@@ -71,6 +72,15 @@ impl Use {
             (Self::Alone(line, Down::Node), _) => format!("direct by {line} (down)"),
             (Self::Instead(line, Down::Line), true) => format!("tunnel (line {line} down)"),
             (Self::Instead(line, Down::Node), true) => format!("tunnel (down on {line})"),
+            (Self::Alone(line, Down::LedBack), _) => {
+                format!("direct by {line} (led back here)")
+            }
+            (Self::Instead(line, Down::LedBack), true) => {
+                format!("tunnel ({line} leads back here)")
+            }
+            (Self::Instead(line, Down::LedBack), false) => {
+                format!("none (no session, {line} leads back here)")
+            }
             (Self::Instead(line, _), false) => format!("direct by {line} (down, no session)"),
             (Self::Nothing, _) => "none (refused)".to_owned(),
         }
@@ -200,6 +210,16 @@ impl Used {
     pub(crate) fn since(&self, node: &str, way: &Use) -> Option<Instant> {
         let node = self.nodes.get(node)?;
         node.now.is_same_way(way).then_some(node.since)
+    }
+
+    /// Nobody could be told of that change: it waits again, behind the others, for what is so by then.
+    pub(crate) fn untold(&mut self, change: Change) {
+        if let Some(node) = self.nodes.get_mut(&change.node) {
+            node.told = change.from;
+            if !std::mem::replace(&mut node.is_waiting, true) {
+                self.waiting.push_back(change.node);
+            }
+        }
     }
 
     /// The next that is to be told of.

@@ -52,6 +52,18 @@ fn what_is_in_use_is_one_word_for_each_decision_verdict_and_session() {
             ("direct", "direct by express (down, no session)"),
         ),
         (
+            &auto,
+            Some(Down::LedBack),
+            ("tunnel", "tunnel (express leads back here)"),
+            ("none", "none (no session, express leads back here)"),
+        ),
+        (
+            &direct,
+            Some(Down::LedBack),
+            ("direct", "direct by express (led back here)"),
+            ("direct", "direct by express (led back here)"),
+        ),
+        (
             &direct,
             None,
             ("direct", "direct by express"),
@@ -124,6 +136,15 @@ async fn a_change_is_told_once_and_what_has_turned_back_is_not() {
         ("edge1", &instead(Down::Line))
     );
     assert_eq!(used.next(), None);
+
+    // Nobody has heard it: it is told again, with what is so by then.
+    used.untold(told.clone());
+    assert_eq!(used.next(), Some(told.clone()));
+    used.untold(told);
+    used.judge(at_last, None, |_, _| None);
+    assert_eq!(used.next(), None);
+    used.judge(at_last, Some("edge1"), |_, _| Some(Down::Line));
+    assert!(used.next().is_some());
 
     let back = used.judge(at_last, None, |_, _| None);
     assert_eq!(back.first().map(Change::kind), Some(Kind::LineUp));
