@@ -109,7 +109,7 @@ pub(crate) fn evidence(failed: Option<&Failed>, took: Duration) -> Option<Eviden
     match failed {
         None => Some(Evidence::Good(took)),
         Some(failed) if failed.reason == Reason::DialRefused => Some(Evidence::Good(took)),
-        Some(failed) => failed.is_of_line().then_some(Evidence::Bad),
+        Some(failed) => failed.is_of_line.then_some(Evidence::Bad),
     }
 }
 
@@ -148,7 +148,7 @@ pub(crate) async fn run(forwarder: Arc<Forwarder>) -> Infallible {
                     schedule.hasten_others(now, &key, WITNESSES);
                 }
                 let pause = paths.pause(&key);
-                schedule.done(now, key, pause, rand::random());
+                schedule.done(now, key, pause, pause < probes.interval, rand::random());
             }
             suspects = paths.suspects() => {
                 for key in suspects {
@@ -179,16 +179,17 @@ fn keep(forwarder: &Forwarder, schedule: &mut Schedule) {
 /// One dial, and what follows. Tells whether it is the first bad one.
 async fn probe(forwarder: &Forwarder, key: Key) -> (Key, bool) {
     let paths = &forwarder.paths;
-    let Some(Target { bypass, port }) = paths.target(&key) else {
+    let Some(target) = paths.target(&key) else {
         return (key, false);
     };
+    let Target { bypass, port } = &target;
     let begun = Instant::now();
     let deadline = begun + paths.settings.probes.timeout;
-    let dialled = forwarder.dial_by(&bypass, port, deadline).await;
+    let dialled = forwarder.dial_by(bypass, *port, deadline).await;
     let took = begun.elapsed();
     let answered = match dialled {
         Ok(stream) if paths.settings.probes.tls => {
-            answer::ask(stream, &bypass, port, deadline).await
+            answer::ask(stream, bypass, *port, deadline).await
         }
         other => other.map(drop),
     };
@@ -197,6 +198,9 @@ async fn probe(forwarder: &Forwarder, key: Key) -> (Key, bool) {
         Err(failed) => failed.reason.label(),
     };
     paths.metrics.probed(&key.line, result);
+    if paths.target(&key).as_ref() != Some(&target) {
+        return (key, false); // it has moved meanwhile
+    }
     let shown = evidence(answered.as_ref().err(), took);
     let is_first = shown.is_some_and(|evidence| paths.heard(&key, evidence));
     (key, is_first)

@@ -1,7 +1,8 @@
 //! When which node on a line is looked at. Pure: the time in, whom to dial now or when to come again out.
 //!
 //! New ones are spread over the interval, each comes again after its pause, a fifth more or less, and never more than so
-//! many a second are dialled: where there are more, the interval grows. Who was hastened goes first.
+//! many a second are dialled: where there are more, the interval grows. Those of which something is to be found out, a verdict
+//! that is under way or a request that did without the line, take turns with the others, however many of these wait.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -26,12 +27,23 @@ impl Key {
     }
 }
 
+/// When somebody is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Due {
+    at: Instant,
+    is_urgent: bool,
+}
+
 /// What is to be dialled.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     /// When each is due; `None` while it is being dialled.
-    due: HashMap<Key, Option<Instant>>,
+    due: HashMap<Key, Option<Due>>,
     queue: BTreeSet<(Instant, Key)>,
+    /// Those of which something is to be found out now.
+    urgent: BTreeSet<(Instant, Key)>,
+    /// The last one that was dialled was of these.
+    was_urgent: bool,
     /// Between two dials.
     gap: Duration,
     /// No dial before this.
@@ -43,6 +55,8 @@ impl Schedule {
         Self {
             due: HashMap::new(),
             queue: BTreeSet::new(),
+            urgent: BTreeSet::new(),
+            was_urgent: false,
             gap: Duration::from_secs(1) / per_second.max(1),
             free: now,
         }
@@ -58,25 +72,45 @@ impl Schedule {
     ) {
         let mut old = std::mem::take(&mut self.due);
         self.queue.clear();
+        self.urgent.clear();
         for key in keys {
-            let due = old
-                .remove(&key)
-                .unwrap_or_else(|| Some(now + interval.mul_f64(random())));
-            if let Some(due) = due {
-                self.queue.insert((due, key.clone()));
+            let due = old.remove(&key).unwrap_or_else(|| {
+                Some(Due {
+                    at: now + interval.mul_f64(random()),
+                    is_urgent: false,
+                })
+            });
+            match due {
+                Some(due) => self.put(key, due),
+                None => drop(self.due.insert(key, None)),
             }
-            self.due.insert(key, due);
+        }
+    }
+
+    fn put(&mut self, key: Key, due: Due) {
+        self.queue_of(due).insert((due.at, key.clone()));
+        self.due.insert(key, Some(due));
+    }
+
+    const fn queue_of(&mut self, due: Due) -> &mut BTreeSet<(Instant, Key)> {
+        if due.is_urgent {
+            &mut self.urgent
+        } else {
+            &mut self.queue
         }
     }
 
     /// That one at once, unless it is being dialled.
     pub(crate) fn hasten(&mut self, now: Instant, key: &Key) {
-        if let Some(Some(due)) = self.due.get_mut(key)
-            && *due > now
+        if let Some(Some(due)) = self.due.get(key).copied()
+            && !(due.is_urgent && due.at <= now)
         {
-            self.queue.remove(&(*due, key.clone()));
-            *due = now;
-            self.queue.insert((now, key.clone()));
+            self.queue_of(due).remove(&(due.at, key.clone()));
+            let due = Due {
+                at: now,
+                is_urgent: true,
+            };
+            self.put(key.clone(), due);
         }
     }
 
@@ -95,24 +129,39 @@ impl Schedule {
     /// # Errors
     /// Nobody yet; `None` if there is nobody at all.
     pub(crate) fn next(&mut self, now: Instant) -> Result<Key, Option<Instant>> {
-        let (due, key) = self.queue.first().ok_or(None)?;
-        let at = (*due).max(self.free);
-        if at > now {
-            return Err(Some(at));
+        let at = |queue: &BTreeSet<(Instant, Key)>| queue.first().map(|(at, _)| *at);
+        let (usual, urgent) = (at(&self.queue), at(&self.urgent));
+        let soonest = usual.into_iter().chain(urgent).min().ok_or(None)?;
+        let soonest = soonest.max(self.free);
+        if soonest > now {
+            return Err(Some(soonest));
         }
-        let key = key.clone();
-        self.queue.pop_first();
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        // Turn by turn, so that what is urgent on one line does not hide the others.
+        self.was_urgent = is_due(urgent) && !(self.was_urgent && is_due(usual));
+        let queue = if self.was_urgent {
+            &mut self.urgent
+        } else {
+            &mut self.queue
+        };
+        let (_, key) = queue.pop_first().ok_or(None)?;
         self.due.insert(key.clone(), None);
         self.free = now + self.gap;
         Ok(key)
     }
 
     /// It was dialled, and is again after that pause.
-    pub(crate) fn done(&mut self, now: Instant, key: Key, pause: Duration, random: f64) {
-        if let Some(due) = self.due.get_mut(&key) {
+    pub(crate) fn done(
+        &mut self,
+        now: Instant,
+        key: Key,
+        pause: Duration,
+        is_urgent: bool,
+        random: f64,
+    ) {
+        if self.due.contains_key(&key) {
             let at = now + pause.mul_f64(0.8 + 0.4 * random);
-            *due = Some(at);
-            self.queue.insert((at, key));
+            self.put(key, Due { at, is_urgent });
         }
     }
 }
@@ -139,7 +188,7 @@ mod tests {
                 Ok(key) => {
                     random = (random + 0.618).fract();
                     dials.push((now.duration_since(start), key.clone()));
-                    schedule.done(now, key, INTERVAL, random);
+                    schedule.done(now, key, INTERVAL, false, random);
                 }
                 Err(Some(at)) => now = at,
                 Err(None) => break,
@@ -207,9 +256,43 @@ mod tests {
         assert!(schedule.next(start + gap).is_ok() && schedule.next(start + gap * 2).is_ok());
         // Gone meanwhile, and kept while it was dialled.
         schedule.keep(start, [key(1)].into_iter(), INTERVAL, || 1.0);
-        schedule.done(start, key(0), INTERVAL, 0.5);
+        schedule.done(start, key(0), INTERVAL, false, 0.5);
         assert_eq!(schedule.next(start + gap * 3), Err(None));
-        schedule.done(start, key(1), INTERVAL, 0.5);
+        schedule.done(start, key(1), INTERVAL, false, 0.5);
         assert_eq!(schedule.next(start + gap * 3), Err(Some(start + INTERVAL)));
+    }
+
+    #[test]
+    fn who_is_hastened_does_not_wait_for_all_that_are_overdue_and_they_not_for_him() {
+        let start = Instant::now();
+        // For three times as many as can be looked at.
+        let mut schedule = scheduled(start, 3000, 100);
+        let late = start + INTERVAL * 2;
+        let dials = run(&mut schedule, start, INTERVAL * 2);
+        assert!(dials.len() >= 1990, "{}", dials.len());
+        let waiting = |schedule: &Schedule| {
+            let due = schedule
+                .due
+                .iter()
+                .filter_map(|(key, due)| Some((key, (*due)?)));
+            let late = due.filter(|(_, due)| due.at < late && !due.is_urgent);
+            late.map(|(key, _)| key.clone()).max()
+        };
+        let last = waiting(&schedule).unwrap();
+        schedule.hasten(late, &last);
+        let soon = run(&mut schedule, late, Duration::from_millis(20));
+        assert!(soon.iter().any(|(_, key)| *key == last), "{soon:?}");
+        // It is looked at again and again, and every other dial is one of those that wait.
+        let mut now = late + Duration::from_millis(20);
+        let mut others = 0;
+        schedule.hasten(now, &last);
+        for _ in 0..100 {
+            let key = schedule.next(now).unwrap();
+            others += usize::from(key != last);
+            let is_last = key == last;
+            schedule.done(now, key, Duration::ZERO, is_last, 0.5);
+            now += Duration::from_millis(10);
+        }
+        assert!((49..=51).contains(&others), "{others}");
     }
 }
