@@ -28,7 +28,7 @@ pub use enrol::Enrol;
 pub use frontend::{Elsewhere, Frontend, Intercept, ProxyProtocol};
 use ipnet::IpNet;
 pub use kubernetes::{Kubernetes, NAMESPACE, Pods, Pool, Selector, Services};
-pub use lines::{Line, LineMode, PathMode, PathSettings, Probes, ROUTE};
+pub use lines::{Line, PathMode, PathSettings, Probes, ROUTE};
 pub use peers::Peers;
 use proto::AgentName;
 use serde::Deserialize;

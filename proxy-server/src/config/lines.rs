@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use daemon::Problems;
@@ -14,6 +15,12 @@ use super::{Cidr, Config, Frontend, Mark};
 pub const ROUTE: &str = "route";
 /// More lines than anybody has; each is a label of metrics.
 const MOST_LINES: usize = 64;
+/// What may be said of a silence.
+const SILENCE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_hours(1);
+/// Shortest `stable`.
+const LEAST_STABLE: Duration = Duration::from_secs(1);
+/// Shortest time-out of a probe.
+const LEAST_TIMEOUT: Duration = Duration::from_millis(50);
 /// Longest name of an interface (Linux, `IFNAMSIZ` without its zero).
 const MOST_INTERFACE: usize = 15;
 
@@ -56,26 +63,6 @@ impl fmt::Display for PathMode {
     }
 }
 
-/// What a line is to those that it has: a line that is to be left out is left out of the file.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum LineMode {
-    /// While it works.
-    #[default]
-    Auto,
-    /// Always.
-    Direct,
-}
-
-impl From<LineMode> for PathMode {
-    fn from(mode: LineMode) -> Self {
-        match mode {
-            LineMode::Auto => Self::Auto,
-            LineMode::Direct => Self::Direct,
-        }
-    }
-}
-
 /// A way to nodes that is not the tunnel: Express Connect, a VPN, a plain route.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -97,9 +84,14 @@ pub struct Line {
     /// The mark of what is dialled.
     #[serde(default)]
     pub mark: Option<Mark>,
-    /// What it is to those that it has.
-    #[serde(default)]
-    pub mode: LineMode,
+    /// How those that it has are reached, where nothing before it says so. With `tunnel` it is there for those of which
+    /// something does.
+    #[serde(default = "auto")]
+    pub mode: PathMode,
+}
+
+const fn auto() -> PathMode {
+    PathMode::Auto
 }
 
 impl Line {
@@ -119,7 +111,7 @@ impl Line {
             source: None,
             interface: None,
             mark: None,
-            mode: LineMode::Auto,
+            mode: PathMode::Auto,
         }
     }
 }
@@ -240,9 +232,19 @@ pub(super) fn check(config: &Config, problems: &mut Problems) {
         "must be under timeouts.dial, or the tunnel has no time left",
     );
     problems.check(
-        path.silence >= Duration::from_secs(1),
+        SILENCE.contains(&path.silence),
         "path.silence",
-        "must be at least 1s: a lost packet takes that long to be sent again",
+        "must be 1s to 1h: a lost packet takes a second to be sent again",
+    );
+    problems.check(
+        path.stable >= LEAST_STABLE,
+        "path.stable",
+        "must be at least 1s: what bounces would be led back and forth",
+    );
+    problems.check(
+        path.probes.timeout >= LEAST_TIMEOUT,
+        "path.probes.timeout",
+        "must be at least 50ms, or far nodes are never reached in time",
     );
     problems.check(
         path.probes.timeout <= path.probes.interval,
@@ -255,7 +257,7 @@ impl Line {
     fn check<'a>(
         &self,
         config: &Config,
-        mut earlier: impl Iterator<Item = &'a Self>,
+        mut earlier: impl Iterator<Item = &'a Self> + Clone,
         key: &str,
         problems: &mut Problems,
     ) {
@@ -269,9 +271,21 @@ impl Line {
             ),
         );
         problems.check(
-            !earlier.any(|other| other.name == self.name),
+            !earlier.clone().any(|other| other.name == self.name),
             format!("{key}.name"),
             format!("{:?} stands here twice", self.name),
+        );
+        let twin = earlier.find(|other| {
+            (&other.networks, &other.pools) == (&self.networks, &self.pools)
+                && !(self.networks.is_empty() && self.pools.is_empty())
+        });
+        problems.check(
+            twin.is_none(),
+            key,
+            format!(
+                "has what line {:?} has, so that neither would ever be taken",
+                twin.map_or("", |twin| &twin.name)
+            ),
         );
         problems.check(
             !(self.networks.is_empty() && self.pools.is_empty()),
@@ -310,6 +324,13 @@ impl Line {
                 format!("{key}.source"),
                 format!("{source} and the networks are not of one family"),
             );
+            problems.check(
+                source == source.to_canonical()
+                    && !source.is_unspecified()
+                    && !source.is_multicast(),
+                format!("{key}.source"),
+                format!("{source} is no address of a machine"),
+            );
         }
     }
 }
@@ -342,6 +363,7 @@ mod tests {
         let said = "kubernetes: {inCluster: true, pools: {hz: {path: direct}, bj: {agent: a, path: auto}}}\n\
             lines:\n- {name: express, networks: [10.20.0.0/16]}\n\
             - {name: vpn, pools: [hz], interface: wg0, source: 10.0.0.5, mark: 7, mode: direct}\n\
+            - {name: spare, networks: [10.30.0.0/16], mode: tunnel}\n\
             path: {default: auto, believeNodes: true, stable: 10s, probes: {interval: 5s, perSecond: 20}}";
         assert_eq!(problems(said), "");
         assert_eq!(problems("name: a"), "");
@@ -352,7 +374,8 @@ mod tests {
         let said = problems(
             "frontends: [{type: intercept, listen: '[::]:10250'}]\n\
              lines:\n- {name: route, networks: [10.0.0.0/8]}\n- {name: a, pools: [hz]}\n- {name: a, networks: [10.0.0.0/8], source: '::1'}\n\
-             - {name: 'No Name'}\n- {name: b, networks: [10.0.0.0/8], interface: a-name-that-is-too-long, mark: 7}\n\
+             - {name: 'No Name'}\n- {name: b, networks: [10.1.0.0/16], interface: a-name-that-is-too-long, mark: 7}\n\
+             - {name: c, networks: [10.1.0.0/16]}\n- {name: d, networks: [10.2.0.0/16], source: 0.0.0.0}\n\
              path: {raceAfter: 20s, stable: 0s, silence: 10ms, probes: {interval: 1s, timeout: 2s, perSecond: 0, rise: 0, fall: 0}}",
         );
         for wanted in [
@@ -364,6 +387,8 @@ mod tests {
             "lines[3]: say which nodes",
             "lines[4].interface",
             "lines[4].mark: beside an `intercept` frontend it must be that of direct.mark (0x20c5)",
+            "lines[5]: has what line \"b\" has",
+            "lines[6].source: 0.0.0.0 is no address",
             "path.raceAfter",
             "path.stable",
             "path.silence",
@@ -376,8 +401,14 @@ mod tests {
         }
         let bare = problems("kubernetes: {inCluster: true, pools: {hz: {}}}");
         assert!(bare.contains("kubernetes.pools.hz: "), "{bare}");
-        let tunnel = problems("lines: [{name: a, networks: [10.0.0.0/8], mode: tunnel}]");
-        assert!(tunnel.contains("tunnel"), "{tunnel}");
+        for (path, wanted) in [
+            ("silence: 2h", "path.silence: must be"),
+            ("stable: 10ms", "path.stable: must be"),
+            ("probes: {timeout: 1ms}", "path.probes.timeout: must be"),
+        ] {
+            let said = problems(&format!("path: {{{path}}}"));
+            assert!(said.contains(wanted), "{path}: {said}");
+        }
     }
 
     #[test]

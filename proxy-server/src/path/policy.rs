@@ -5,7 +5,7 @@
 //! | --- | --- | --- |
 //! | annotation `corvid.io/path` of the node | `tunnel`, `direct`, `auto` | `tunnel` always; the others where a configured line has the node's address, or with `path.believeNodes` |
 //! | `kubernetes.pools.NAME.path` of its pool | the same | always |
-//! | label `alibabacloud.com/interconnection-mode=private` of the node | the mode of the line that has it, else `auto` | as the annotation |
+//! | label `alibabacloud.com/interconnection-mode=private` of the node | the mode of the line that has it unless that is `tunnel`, else `auto` | as the annotation |
 //! | a configured line has an address of the node | the line's mode | always |
 //! | `path.default` | the same | always |
 //!
@@ -380,7 +380,7 @@ impl Policy {
                 Finding::NotBelieved(mode)
             }
         };
-        let of_line = line.map(|line| PathMode::from(line.mode));
+        let of_line = line.map(|line| line.mode);
         let said = |mode: Option<PathMode>| mode.map_or(Finding::Nothing, Finding::Decides);
         let of_pool = subject.pool.and_then(|pool| self.pools.get(pool));
         let mut rules = [
@@ -396,7 +396,8 @@ impl Policy {
             (
                 Rule::Label,
                 if subject.is_private {
-                    own_word(of_line.unwrap_or(PathMode::Auto))
+                    let mode = of_line.filter(|mode| *mode != PathMode::Tunnel);
+                    own_word(mode.unwrap_or(PathMode::Auto))
                 } else {
                     Finding::Nothing
                 },

@@ -36,7 +36,7 @@ fn every_combination_is_decided_by_the_first_rule_that_counts() {
     for annotation in options(true) {
         for of_pool in options(true) {
             for is_private in [false, true] {
-                for line in [None, Some(PathMode::Auto), Some(PathMode::Direct)] {
+                for line in options(true) {
                     for default in MODES {
                         for believe in [false, true] {
                             let mut text =
@@ -61,8 +61,9 @@ fn every_combination_is_decided_by_the_first_rule_that_counts() {
                             let believed = believe || line.is_some();
                             let word =
                                 annotation.filter(|mode| believed || *mode == PathMode::Tunnel);
+                            let private = line.filter(|mode| *mode != PathMode::Tunnel);
                             let label =
-                                (is_private && believed).then(|| line.unwrap_or(PathMode::Auto));
+                                (is_private && believed).then(|| private.unwrap_or(PathMode::Auto));
                             let mode = word.or(of_pool).or(label).or(line).unwrap_or(default);
                             let name = if line.is_some() { "l" } else { "route" };
                             let wanted = match mode {
@@ -83,7 +84,7 @@ fn every_combination_is_decided_by_the_first_rule_that_counts() {
             }
         }
     }
-    assert_eq!(cases, 4 * 4 * 2 * 3 * 3 * 2);
+    assert_eq!(cases, 4 * 4 * 2 * 4 * 3 * 2);
 }
 
 #[test]
