@@ -36,7 +36,7 @@ use tokio::time::Instant;
 use used::{Change, Use, Used};
 
 use crate::cluster::ClusterTable;
-use crate::config::{Config, PathSettings};
+use crate::config::{Config, Line, PathSettings};
 use crate::metrics::LineMetrics;
 use crate::route::RouteTable;
 
@@ -57,7 +57,7 @@ pub struct Paths {
     /// There may be a change to be told of.
     turned: Notify,
     /// The connections of ours by lines.
-    dialled: Arc<Mutex<HashMap<Ends, usize>>>,
+    dialled: Arc<Mutex<HashMap<Ends, Ours>>>,
 }
 
 /// What is meant by a request that is routed to the edge.
@@ -206,9 +206,20 @@ impl Paths {
 
     /// These are probed from now on.
     fn keep(&self, now: Instant, targets: HashMap<Key, Target>) {
+        let old = self.targets.load();
+        let stays = |(key, target): &(&Key, &Target)| {
+            let before = old.get(*key);
+            before.is_none_or(|before| before.bypass.address == target.bypass.address)
+        };
+        let mut health = self.health.lock();
+        // What is known of a node is not true of another at the same name.
+        for (key, _) in targets.iter().filter(|it| !stays(it)) {
+            health.forget(&key.line, &key.node);
+        }
         let all = targets.keys();
         let all = all.map(|key| (key.line.as_str(), key.node.as_str()));
-        self.health.lock().keep(now, all);
+        health.keep(now, all);
+        drop(health);
         self.targets.store(Arc::new(targets));
     }
 
@@ -258,6 +269,12 @@ impl Paths {
         }
     }
 
+    /// Nobody could be told of that change: it is among those that [`Paths::turned`] waits for again.
+    pub(crate) fn untold(&self, change: Change) {
+        self.used.lock().untold(change);
+        self.turned.notify_one();
+    }
+
     /// Whether it is bad, and the first that is.
     fn heard(&self, key: &Key, evidence: Evidence) -> bool {
         let Key { line, node } = key;
@@ -294,16 +311,49 @@ impl Paths {
         }
     }
 
-    /// Remembers a connection of ours for as long as what is returned lives.
-    pub(crate) fn remember(&self, ends: Ends) -> Dialled {
-        *self.dialled.lock().entry(ends).or_default() += 1;
+    /// Remembers a connection of ours by that line for as long as what is returned lives.
+    pub(crate) fn remember(&self, ends: Ends, line: &Arc<Line>) -> Dialled {
+        let mut dialled = self.dialled.lock();
+        let ours = dialled.entry(ends).or_insert_with(|| Ours {
+            count: 0,
+            line: Arc::clone(line),
+        });
+        ours.count += 1;
+        drop(dialled);
         let all = Arc::clone(&self.dialled);
         Dialled { ends, all }
     }
 
-    /// Whether a connection with these ends is one that we have dialled ourselves: rules of this machine led it back.
-    pub(crate) fn has_dialled(&self, ends: Ends) -> bool {
-        !self.is_idle() && self.dialled.lock().contains_key(&ends)
+    /// Whether a connection with these ends is one that we have dialled ourselves: rules of this machine led it back. Its
+    /// line is left alone from now on.
+    pub(crate) fn is_led_back(&self, ends: Ends) -> bool {
+        if self.is_idle() {
+            return false;
+        }
+        let line = self
+            .dialled
+            .lock()
+            .get(&ends)
+            .map(|ours| Arc::clone(&ours.line));
+        let Some(line) = line else {
+            return false;
+        };
+        let now = Instant::now();
+        let mut health = self.health.lock();
+        if health.led_back(now, &line.name) {
+            let down = |line: &_, node: &_| health.is_down(line, node);
+            let changes = self.used.lock().judge(now, None, down);
+            if !changes.is_empty() {
+                self.turned.notify_one();
+            }
+            drop(health);
+            let line = &line.name;
+            tracing::warn!(
+                line,
+                "what is dialled by it comes back to this server: rules of this machine don't exempt its mark"
+            );
+        }
+        true
     }
 }
 
@@ -322,20 +372,27 @@ impl Ends {
     }
 }
 
+/// Connections of ours with the same ends.
+#[derive(Debug)]
+struct Ours {
+    count: usize,
+    line: Arc<Line>,
+}
+
 /// A connection of ours by a line.
 #[derive(Debug)]
 pub(crate) struct Dialled {
     ends: Ends,
-    all: Arc<Mutex<HashMap<Ends, usize>>>,
+    all: Arc<Mutex<HashMap<Ends, Ours>>>,
 }
 
 impl Drop for Dialled {
     fn drop(&mut self) {
         // By two interfaces two may have the same ends.
-        if let Entry::Occupied(mut count) = self.all.lock().entry(self.ends) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
+        if let Entry::Occupied(mut ours) = self.all.lock().entry(self.ends) {
+            ours.get_mut().count -= 1;
+            if ours.get().count == 0 {
+                ours.remove();
             }
         }
     }
@@ -371,7 +428,6 @@ mod tests {
     use proto::Reason;
 
     use super::*;
-    use crate::config::Line;
     use crate::path::policy::Unfit;
     use crate::route::tests::entry;
 
@@ -449,11 +505,12 @@ mod tests {
     fn a_connection_of_ours_is_known_by_both_its_ends_while_it_lives() {
         let paths = paths("path: {default: auto}");
         let ends = |from: &str, to: &str| Ends::new(from.parse().unwrap(), to.parse().unwrap());
+        let line = Arc::new(Line::route());
         let ours = ends("10.0.0.1:4711", "10.20.0.7:10250");
-        let first = paths.remember(ours);
-        assert!(paths.has_dialled(ours));
+        let first = paths.remember(ours, &line);
+        assert!(paths.is_led_back(ours));
         let mapped = ends("[::ffff:10.0.0.1]:4711", "[::ffff:10.20.0.7]:10250");
-        assert!(paths.has_dialled(mapped));
+        assert!(paths.is_led_back(mapped));
         // Somebody else on this machine has the same port towards another destination.
         for (from, to) in [
             ("10.0.0.1:4711", "10.20.0.8:10250"),
@@ -461,16 +518,16 @@ mod tests {
             ("10.0.0.1:4712", "10.20.0.7:10250"),
             ("10.20.0.7:10250", "10.0.0.1:4711"),
         ] {
-            assert!(!paths.has_dialled(ends(from, to)), "{from} {to}");
+            assert!(!paths.is_led_back(ends(from, to)), "{from} {to}");
         }
         // The end of one does not hide another.
-        let beside = paths.remember(ends("10.0.0.1:4711", "10.20.0.8:10250"));
-        let again = paths.remember(ours);
+        let beside = paths.remember(ends("10.0.0.1:4711", "10.20.0.8:10250"), &line);
+        let again = paths.remember(ours, &line);
         drop(beside);
         drop(first);
-        assert!(paths.has_dialled(ours));
+        assert!(paths.is_led_back(ours));
         drop(again);
-        assert!(!paths.has_dialled(ours));
+        assert!(!paths.is_led_back(ours));
         assert!(paths.dialled.lock().is_empty());
     }
 
@@ -491,10 +548,7 @@ mod tests {
         paths.keep(Instant::now(), HashMap::from([(key.clone(), target)]));
         let took = Duration::from_millis(3);
         let fails = |bypass: &Bypass, port, reason| {
-            let failed = Failed {
-                reason,
-                detail: String::new(),
-            };
+            let failed = Failed::new(bypass, port, reason, "");
             paths.saw("edge1", bypass, port, Some(&failed), took);
             let is_suspect = std::mem::take(&mut *paths.suspects.lock()).contains(&key);
             (paths.is_down("route", "edge1"), is_suspect)
@@ -512,6 +566,13 @@ mod tests {
         assert_eq!(fails(&node, 10250, Reason::DialTimeout), (None, true));
         let down = fails(&node, 10250, Reason::DialTimeout);
         assert_eq!(down, (Some(Down::Node), true));
+        // At another address it is another node, of which nothing is known.
+        let moved = Target {
+            bypass: pod,
+            port: 10250,
+        };
+        paths.keep(Instant::now(), HashMap::from([(key.clone(), moved)]));
+        assert_eq!(paths.is_down("route", "edge1"), None);
         // Nobody looks at nodes that are on no line.
         paths.suspect(Key::new(&node, "edge2"));
         assert!(paths.suspects.lock().is_empty());

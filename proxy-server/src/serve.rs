@@ -322,13 +322,17 @@ impl Opened {
         };
         let (way, watch) = match &halves {
             Halves::Tunnel(carried, ..) => (Some(carried.0.clone()), None),
-            Halves::Direct(.., by_line) => (None, by_line.as_ref().map(|it| it.watch.clone())),
+            Halves::Direct(.., by_line) => {
+                let watched = by_line.as_ref();
+                (None, watched.map(|it| (it.watch.clone(), it.key.clone())))
+            }
         };
         let lost = async {
             match (&way, &watch) {
                 (Some(way), _) => session_over(way.transport()).await,
-                (None, Some(watch)) => {
+                (None, Some((watch, key))) => {
                     watch.silent().await;
+                    forwarder.paths.suspect(key.clone());
                     Reason::Timeout
                 }
                 (None, None) => pending().await,

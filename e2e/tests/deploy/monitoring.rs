@@ -203,7 +203,10 @@ fn let_it_happen(lab: &Lab, small: &mut Small) -> Result<()> {
         Ok(())
     })??;
     let by_line = server.door().open("gone:10250", Behaviour::Name);
-    ensure!(by_line.is_err(), "a line that leads nowhere leads to a node");
+    ensure!(
+        by_line.is_err(),
+        "a line that leads nowhere leads to a node"
+    );
     // A configuration that is refused.
     let file = lab.dir().join("proxy-server.yaml");
     let right = fs::read(&file)?;

@@ -229,7 +229,7 @@ impl Intercept {
             Err(Unread::Nameless(refusal)) => Some(refusal),
         };
         // Only now: whoever dialled it has begun to relay.
-        let led_back = |to| self.forwarder.paths.has_dialled(Ends::new(source, to));
+        let led_back = |to| self.forwarder.paths.is_led_back(Ends::new(source, to));
         if original.is_some_and(led_back) {
             return Err(stop(
                 Reason::ForbiddenDestination,

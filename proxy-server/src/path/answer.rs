@@ -36,9 +36,11 @@ pub(crate) async fn ask(
     port: u16,
     deadline: Instant,
 ) -> Result<(), Failed> {
-    let name = ServerName::IpAddress(bypass.address.into());
-    let handshake = TlsConnector::from(Arc::clone(&ANYBODY)).connect(name, stream);
     let failed = |reason, more: &str| Failed::new(bypass, port, reason, more);
+    let config = ANYBODY.as_ref();
+    let config = config.map_err(|error| failed(Reason::Internal, &error.to_string()))?;
+    let name = ServerName::IpAddress(bypass.address.into());
+    let handshake = TlsConnector::from(Arc::clone(config)).connect(name, stream);
     match timeout_at(deadline, handshake).await {
         Err(_late) => Err(failed(
             Reason::DialTimeout,
@@ -46,22 +48,24 @@ pub(crate) async fn ask(
         )),
         Ok(Err(error)) if error.kind() != io::ErrorKind::InvalidData => {
             let more = format!("connected, and no answer to TLS: {error}");
-            Err(failed(Reason::DialFailed, &more))
+            Err(Failed {
+                is_of_line: true,
+                ..failed(Reason::DialFailed, &more)
+            })
         }
         Ok(_done_or_not_understood) => Ok(()),
     }
 }
 
-static ANYBODY: LazyLock<Arc<ClientConfig>> = LazyLock::new(|| {
+static ANYBODY: LazyLock<Result<Arc<ClientConfig>, Error>> = LazyLock::new(|| {
     let mut config = ClientConfig::builder_with_provider(certs::provider())
-        .with_safe_default_protocol_versions()
-        .expect("the provider has suites of both versions")
+        .with_safe_default_protocol_versions()?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anybody))
         .with_no_client_auth();
     // A resumed session would leave out the certificate, and with it the large packets.
     config.resumption = Resumption::disabled();
-    Arc::new(config)
+    Ok(Arc::new(config))
 });
 
 /// Takes whoever answers.

@@ -37,6 +37,9 @@ pub(crate) struct Failed {
     pub(crate) reason: Reason,
     /// What is said of it: the line and the address, and what else is known.
     pub(crate) detail: String,
+    /// It shows that the line or the node does not work. Who refuses has been reached, and what this server lacks says
+    /// nothing of the line.
+    pub(crate) is_of_line: bool,
 }
 
 impl Failed {
@@ -46,16 +49,18 @@ impl Failed {
         Self {
             reason,
             detail: format!("dialled {at} by line {}{comma}{more}", bypass.line.name),
+            is_of_line: matches!(reason, Reason::DialTimeout | Reason::DialUnreachable),
         }
     }
+}
 
-    /// Whether it shows that the line or the node does not work. Who refuses has been reached, and what this server
-    /// lacks says nothing of the line.
-    pub(crate) const fn is_of_line(&self) -> bool {
-        matches!(
-            self.reason,
-            Reason::DialTimeout | Reason::DialUnreachable | Reason::DialFailed
-        )
+/// Whether an error that has no reason of its own shows that the line is not there, as its interface or address is not.
+fn is_of_line(line: &Line, error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(libc::ENODEV | libc::ENETDOWN | libc::EHOSTDOWN) => true,
+        // Else it is ports that have run out.
+        Some(libc::EADDRNOTAVAIL) => line.source.is_some(),
+        Some(_) | None => false,
     }
 }
 
@@ -102,7 +107,11 @@ pub(crate) async fn dial(
             } else {
                 String::new()
             };
-            failed(reason, &more)
+            let failed = failed(reason, &more);
+            Failed {
+                is_of_line: failed.is_of_line || is_of_line(&bypass.line, &error),
+                ..failed
+            }
         })?;
     direct::prepare(&stream);
     keep_alive(&stream, settings.silence);
@@ -263,7 +272,7 @@ mod tests {
             check(&bypass.line).unwrap();
             let failed = dialled(&bypass, port, SETTINGS).await.unwrap_err();
             assert_eq!(failed.reason, reason, "{line}");
-            assert_eq!(failed.is_of_line(), reason != Reason::DialRefused, "{line}");
+            assert_eq!(failed.is_of_line, reason != Reason::DialRefused, "{line}");
             let wanted = format!("dialled 127.0.0.9:{port} {said}");
             assert_eq!(failed.detail, wanted, "{line}");
         }

@@ -7,9 +7,11 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
+use parking_lot::Mutex;
 use proto::{Destination, Host, Reason, is_loopback, is_never_dialled};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -17,6 +19,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Mark;
 use crate::error::Refusal;
+
+/// For so long this machine's addresses are taken to stay.
+const LATELY: Duration = Duration::from_secs(1);
 
 /// Whether the address is one that is never dialled.
 pub(super) fn is_forbidden(ip: IpAddr) -> bool {
@@ -36,7 +41,23 @@ fn is_ourselves(address: SocketAddr, own: &[SocketAddr], interfaces: &[IpAddr]) 
 /// Whether `address` is one of our own listeners now.
 pub(crate) fn is_own(address: SocketAddr, own: &[SocketAddr]) -> bool {
     let may_be = own.iter().any(|listener| listener.port() == address.port());
-    may_be && is_ourselves(address, own, &interfaces())
+    may_be && is_ourselves(address, own, &interfaces_of_late())
+}
+
+/// Addresses of this machine's interfaces within the last second: a host of a cluster has hundreds, and they are looked at
+/// for each dial of a kubelet where a frontend listens at its port.
+fn interfaces_of_late() -> Arc<[IpAddr]> {
+    static KNOWN: Mutex<Option<(Instant, Arc<[IpAddr]>)>> = Mutex::new(None);
+    let now = Instant::now();
+    let mut known = KNOWN.lock();
+    match &*known {
+        Some((at, addresses)) if now.duration_since(*at) < LATELY => Arc::clone(addresses),
+        Some(_) | None => {
+            let addresses: Arc<[IpAddr]> = interfaces().into();
+            *known = Some((now, Arc::clone(&addresses)));
+            addresses
+        }
+    }
 }
 
 /// Addresses of this machine's interfaces.

@@ -2,8 +2,11 @@
 //!
 //! | verdict | from it by | what requests do |
 //! | --- | --- | --- |
-//! | up, also before anything is known | a node: `fall` bad ones in a row; a line: at least two nodes that were well, and half of those that were up, lost within a minute | the line, the tunnel beside it after a while |
-//! | down | nothing but good ones over `stable`: of a node at least `rise`; of a line, of at least as many of its nodes as are still lost | the tunnel; the line if there is no session |
+//! | up, also before anything is known | a node: `fall` bad ones in a row, or one more than that within a minute; a line: at least two nodes that were well, and half of those that were up, lost within a minute | the line, the tunnel beside it after a while |
+//! | down | nothing but good ones over `stable`: of a node at least `rise`; of a line, of at least as many of its nodes as are still lost | the tunnel, the line beside it when that is slow or fails |
+//!
+//! A line whose dials come back to this server, as rules of this machine don't exempt them, looks well to whoever dials: it is
+//! left alone for ten minutes from the last that came.
 //!
 //! What bounces is waited for ever longer: see [`gate`](super::gate).
 //!
@@ -11,7 +14,7 @@
 //! for a minute and `stable`: nodes are switched off for the weekend. The routes of this machine (line `route`) lead to all
 //! sites, and what becomes of some of these says nothing of the others: that line is never judged.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -21,6 +24,10 @@ use crate::config::{PathSettings, ROUTE};
 
 /// What is lost within this was lost at once.
 const AT_ONCE: Duration = Duration::from_secs(60);
+/// A line whose dials came back here is left alone for so long: only a dial shows whether they still do.
+const LED_BACK: Duration = Duration::from_mins(10);
+/// So many bad ones are remembered at most, whatever `fall` is.
+const MOST_LAPSES: usize = 60;
 /// A new round trip counts for one part in so many.
 const SMOOTH: u32 = 8;
 
@@ -40,6 +47,8 @@ struct Node {
     /// In a row.
     good: u32,
     bad: u32,
+    /// When the last bad ones were, the oldest first; no more than it takes to fall.
+    lapses: VecDeque<Instant>,
     /// It has been well at all.
     was_well: bool,
     rtt: Option<Duration>,
@@ -49,11 +58,12 @@ struct Node {
 }
 
 impl Node {
-    const fn new(now: Instant) -> Self {
+    fn new(now: Instant) -> Self {
         Self {
             gate: Gate::new(now),
             good: 0,
             bad: 0,
+            lapses: VecDeque::new(),
             was_well: false,
             rtt: None,
             recent: 0,
@@ -81,13 +91,30 @@ impl Node {
             Evidence::Bad => {
                 (self.good, self.bad) = (0, self.bad.saturating_add(1));
                 self.gate.well = None;
-                let falls = self.gate.is_up && self.bad >= rules.probes.fall;
+                let falls = self.gate.is_up && self.is_too_bad(now, rules.probes.fall);
                 if falls {
                     self.gate.fall(now, rules.stable);
+                    self.lapses.clear();
                 }
                 falls
             }
         }
+    }
+
+    /// Takes in a bad one. A line that bounces may be there again whenever it is looked at a second time: so it also
+    /// counts how often it was not within a minute.
+    fn is_too_bad(&mut self, now: Instant, fall: u32) -> bool {
+        let most = usize::try_from(fall).unwrap_or(usize::MAX).min(MOST_LAPSES) + 1;
+        self.lapses.push_back(now);
+        while self.lapses.len() > most
+            || self
+                .lapses
+                .front()
+                .is_some_and(|at| now.duration_since(*at) > AT_ONCE)
+        {
+            self.lapses.pop_front();
+        }
+        self.bad >= fall || self.lapses.len() == most
     }
 
     /// Lost with others: not before that, and not for so long that it speaks for itself only.
@@ -99,6 +126,8 @@ impl Node {
 #[derive(Debug)]
 struct OfLine {
     gate: Gate,
+    /// When a dial by it last came back to this server.
+    led_back: Option<Instant>,
     nodes: HashMap<String, Node>,
 }
 
@@ -146,6 +175,8 @@ pub(crate) enum Down {
     Line,
     /// The node is.
     Node,
+    /// What is dialled by it comes back to this server.
+    LedBack,
 }
 
 /// What is known of a line.
@@ -197,16 +228,24 @@ impl Health {
         for (line, node) in all {
             let before = old.get_mut(line);
             let known = before.and_then(|before| before.nodes.remove(node));
-            let gate = old
-                .get(line)
-                .map_or_else(|| Gate::new(now), |before| before.gate);
+            let before = old.get(line);
             let of_line = self.lines.entry(line.to_owned());
             let of_line = of_line.or_insert_with(|| OfLine {
-                gate,
+                gate: before.map_or_else(|| Gate::new(now), |before| before.gate),
+                led_back: before
+                    .and_then(|before| before.led_back)
+                    .filter(|at| now.duration_since(*at) < LED_BACK),
                 nodes: HashMap::new(),
             });
             let known = known.unwrap_or_else(|| Node::new(now));
             of_line.nodes.insert(node.to_owned(), known);
+        }
+    }
+
+    /// What is known of that node is known no longer.
+    pub(crate) fn forget(&mut self, line: &str, node: &str) {
+        if let Some(of_line) = self.lines.get_mut(line) {
+            of_line.nodes.remove(node);
         }
     }
 
@@ -237,9 +276,18 @@ impl Health {
         switches
     }
 
+    /// A dial by that line has come back to this server. Tells whether that is new.
+    pub(crate) fn led_back(&mut self, now: Instant, line: &str) -> bool {
+        let of_line = self.lines.get_mut(line);
+        of_line.is_some_and(|of_line| of_line.led_back.replace(now).is_none())
+    }
+
     /// Whether, and why, that node is not reached by that line.
     pub(crate) fn is_down(&self, line: &str, node: &str) -> Option<Down> {
         let of_line = self.lines.get(line)?;
+        if of_line.led_back.is_some() {
+            return Some(Down::LedBack);
+        }
         if !of_line.gate.is_up {
             return Some(Down::Line);
         }

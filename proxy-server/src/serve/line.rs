@@ -5,12 +5,14 @@
 //! | `tunnel` | the tunnel | its failure |
 //! | `direct` | the line, until `timeouts.dial` | its failure, with the line's name |
 //! | `direct`, and no line may be taken | nothing | why: who else has the address, or that none is known |
-//! | `auto`, the node or the line is down | the tunnel; the line if there is no session | the tunnel's failure; the line's where there is no session |
-//! | `auto` | the line; after `path.raceAfter`, or at once when it fails, the tunnel beside it | the tunnel's failure with the line's; the line's where there is no session |
+//! | `auto`, what is dialled by the line comes back here | the tunnel | its failure |
+//! | `auto`, the node or the line is down | the tunnel; after four times `path.raceAfter`, or at once when it fails, the line beside it | the same as below |
+//! | `auto`, else | the line; after `path.raceAfter`, or at once when it fails, the tunnel beside it | the tunnel's failure with the line's; the line's where there is no session |
 //!
 //! What answers first is used, the line where both do. The other is dropped: not a byte of the request is on it. The word
-//! of an agent that has dialled, or will not, is final, as there is one destination; a tunnel without a session leaves the
-//! line its time.
+//! of an agent that has dialled, or will not, is final, as there is one destination; a tunnel that fails otherwise leaves
+//! the line its time. A line that is down may be back before it is trusted again, and a session may be silent: so neither
+//! is waited for alone.
 //!
 //! What runs over a line that goes silent is cut after `path.silence`: see [`silence`](crate::path::silence).
 
@@ -29,11 +31,17 @@ use super::tunnel::Reach;
 use super::{Forwarder, Halves};
 use crate::error::Refusal;
 use crate::path::dial::{self, Failed};
+use crate::path::health::Down;
 use crate::path::policy::{Bypass, Decided, Decision, Unfit};
 use crate::path::schedule::Key;
 use crate::path::silence::Watch;
+use crate::path::used::Use;
 use crate::path::{Dialled, Ends, Known, Meant};
 use crate::record::StreamRecord;
+
+/// For so many times `path.raceAfter` the tunnel is alone where the line is down: a round trip to a far edge is no reason to
+/// take what bounces.
+const TRUST_IN_TUNNEL: u32 = 4;
 
 /// What came of a race.
 enum Won {
@@ -52,6 +60,16 @@ impl Forwarder {
             servers: &|ip| self.leads_here(ip),
         };
         self.paths.decide(known, meant)
+    }
+
+    /// Whether a request for that goes by a line now, as far as is known.
+    pub(crate) fn goes_by_line(&self, meant: Meant<'_>) -> bool {
+        if self.paths.is_idle() {
+            return false;
+        }
+        let decision = self.path_of(meant).decision;
+        let way = self.paths.in_use(meant.node, &decision);
+        matches!(way, Use::Line(_) | Use::Alone(..))
     }
 
     /// Whose that address is, if requests come to this server or another one by it.
@@ -85,7 +103,7 @@ impl Forwarder {
             Decision::Direct(bypass) => {
                 let stream = self.by_line(ask, &bypass, record).await;
                 let stream = stream.map_err(|failed| told(ask, &failed))?;
-                Ok(self.direct(stream))
+                Ok(self.direct(stream, &bypass, &ask.node))
             }
             Decision::Auto(bypass) => self.by_either(ask, &bypass, record).await,
         }
@@ -117,17 +135,18 @@ impl Forwarder {
         bypass: &Bypass,
         record: &mut StreamRecord,
     ) -> Result<(Halves, Bytes), Refusal> {
-        let is_down = self.paths.is_down(&bypass.line.name, &ask.node).is_some();
-        let won = if is_down {
-            self.one_by_one(ask, bypass, record).await
-        } else {
+        let down = self.paths.is_down(&bypass.line.name, &ask.node);
+        if down == Some(Down::LedBack) {
+            return self.by_tunnel(ask, record).await;
+        }
+        let is_down = down.is_some();
+        if !is_down {
             record.tried_line(&bypass.line);
-            self.race(ask, bypass, record).await
-        };
-        match won {
+        }
+        match self.race(ask, bypass, is_down, record).await {
             Won::Line(stream) => {
                 record.tried_line(&bypass.line);
-                Ok(self.direct(stream))
+                Ok(self.direct(stream, bypass, &ask.node))
             }
             Won::Tunnel(stream) => Ok(tunnelled(stream)),
             Won::Nobody(failure, None) => Err(failure.refusal(ask)),
@@ -135,54 +154,56 @@ impl Forwarder {
         }
     }
 
-    /// The tunnel, and the line only if there is no session: then nothing is lost by trying.
-    async fn one_by_one(&self, ask: &Ask, bypass: &Bypass, record: &mut StreamRecord) -> Won {
-        let tried = |way: &_| record.tried(way);
-        match self.tunnel(ask, Reach::Anywhere, tried).await {
-            Ok(stream) => Won::Tunnel(stream),
-            Err(failure) if failure.reason == Reason::NoSession => {
-                match self.by_line(ask, bypass, record).await {
-                    Ok(stream) => Won::Line(stream),
-                    Err(failed) => Won::Nobody(failure, Some(failed)),
-                }
-            }
-            Err(failure) => Won::Nobody(failure, None),
-        }
-    }
-
-    /// The line, and the tunnel beside it when that is slow or fails.
-    async fn race(&self, ask: &Ask, bypass: &Bypass, record: &mut StreamRecord) -> Won {
+    /// The line, and the tunnel beside it when that is slow or fails; where the line is down the other way round.
+    async fn race(
+        &self,
+        ask: &Ask,
+        bypass: &Bypass,
+        is_down: bool,
+        record: &mut StreamRecord,
+    ) -> Won {
         let mut line = pin!(self.dial(ask, bypass));
         let mut tunnel = pin!(self.tunnel(ask, Reach::Anywhere, |way| record.tried(way)));
-        let mut alone = pin!(sleep(self.paths.settings.race_after));
+        let race_after = self.paths.settings.race_after;
+        let patience = if is_down {
+            race_after * TRUST_IN_TUNNEL
+        } else {
+            race_after
+        };
+        let mut alone = pin!(sleep(patience));
+        let (mut by_line, mut by_tunnel) = (!is_down, is_down);
         let (mut failed, mut lost) = (None, None);
-        let mut is_beside = false;
         loop {
             tokio::select! {
                 biased;
-                dialled = &mut line, if failed.is_none() => match (dialled, lost.take()) {
+                dialled = &mut line, if by_line && failed.is_none() => match (dialled, lost.take()) {
                     (Ok(stream), _) => return Won::Line(stream),
                     (Err(error), Some(failure)) => return Won::Nobody(failure, Some(error)),
                     (Err(error), None) => {
                         failed = Some(error);
-                        is_beside = true;
+                        by_tunnel = true;
                     }
                 },
-                opened = &mut tunnel, if is_beside && lost.is_none() => match opened {
+                opened = &mut tunnel, if by_tunnel && lost.is_none() => match opened {
                     Ok(stream) => {
-                        if failed.is_none() {
+                        if by_line && failed.is_none() {
                             self.paths.metrics.dialled(&bypass.line.name, "lost");
                         }
                         return Won::Tunnel(stream);
                     }
-                    Err(failure) if failed.is_some() || (failure.answered && !failure.another) => {
+                    Err(failure) if failed.is_some() || failure.is_final() => {
                         return Won::Nobody(failure, failed);
                     }
-                    Err(failure) => lost = Some(failure),
+                    Err(failure) => {
+                        lost = Some(failure);
+                        by_line = true;
+                    }
                 },
-                () = &mut alone, if !is_beside => {
-                    is_beside = true;
-                    self.paths.suspect(Key::new(bypass, &ask.node));
+                () = &mut alone, if !(by_line && by_tunnel) => {
+                    (by_line, by_tunnel) = (true, true);
+                    if !is_down {
+                        self.paths.suspect(Key::new(bypass, &ask.node));
+                    }
                 }
             }
         }
@@ -220,7 +241,7 @@ impl Forwarder {
         dial::dial(bypass, port, settings, deadline).await
     }
 
-    fn direct(&self, stream: TcpStream) -> (Halves, Bytes) {
+    fn direct(&self, stream: TcpStream, bypass: &Bypass, node: &str) -> (Halves, Bytes) {
         let ends = stream.local_addr().and_then(|from| {
             let to = stream.peer_addr()?;
             Ok(Ends::new(from, to))
@@ -228,7 +249,10 @@ impl Forwarder {
         let stream = Arc::new(stream);
         let by_line = ByLine {
             watch: Watch::new(Arc::clone(&stream), self.paths.settings.silence),
-            _dialled: ends.ok().map(|ends| self.paths.remember(ends)),
+            key: Key::new(bypass, node),
+            _dialled: ends
+                .ok()
+                .map(|ends| self.paths.remember(ends, &bypass.line)),
         };
         let (send, recv) = tcp::halves(stream);
         (Halves::Direct(send, recv, Some(by_line)), Bytes::new())
@@ -239,6 +263,8 @@ impl Forwarder {
 #[derive(Debug)]
 pub(super) struct ByLine {
     pub(super) watch: Watch,
+    /// Of whom a silence tells.
+    pub(super) key: Key,
     _dialled: Option<Dialled>,
 }
 

@@ -171,6 +171,21 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
+    /// Whether it is about what was to be dialled, not about who was asked: another way leads to the same.
+    pub(super) const fn is_final(&self) -> bool {
+        self.answered
+            && matches!(
+                self.reason,
+                Reason::DestinationDenied
+                    | Reason::ForbiddenDestination
+                    | Reason::DialRefused
+                    | Reason::DialTimeout
+                    | Reason::DialUnreachable
+                    | Reason::DialFailed
+                    | Reason::Resolve
+            )
+    }
+
     /// In words for the requester.
     pub(crate) fn refusal(&self, ask: &Ask) -> Refusal {
         let (reason, detail) = (self.reason, self.detail.as_str());

@@ -145,10 +145,13 @@ fn next(forwarder: &Forwarder, decision: &Decision, node: &str) -> String {
         ),
         Use::Line(line) | Use::Alone(line, _) => format!("goes by line {line}, and nothing else"),
         Use::Instead(line, Down::Line) => format!(
-            "goes through the tunnel, as line {line} is down; by the line if there is no session"
+            "goes through the tunnel, as line {line} is down; by the line if the tunnel is slow or fails"
         ),
         Use::Instead(line, Down::Node) => format!(
-            "goes through the tunnel, as the node is down on line {line}; by the line if there is no session"
+            "goes through the tunnel, as the node is down on line {line}; by the line if the tunnel is slow or fails"
+        ),
+        Use::Instead(line, Down::LedBack) => format!(
+            "goes through the tunnel, as what is dialled by line {line} comes back to this server: rules of this machine don't exempt its mark"
         ),
     }
 }

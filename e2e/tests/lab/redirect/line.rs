@@ -49,7 +49,7 @@ fn what_is_dialled_by_a_line_is_not_led_back_to_us() {
         ensure!(dialled(&cloud, "10.1.0.2:10250", NAME)? == "edge2\n");
         ensure!(rules.terminate(lab::STOP)?.success(), "{}", rules.log());
 
-        // Rules that exempt another mark lead it back: once, and it is told why.
+        // Rules that exempt another mark lead it back: one dial, and it is told why. Then the line is left alone.
         let mut config: Value =
             serde_json::from_str(&std::fs::read_to_string(site.server.config())?)?;
         config["direct"] = json!({"mark": 7});
@@ -57,6 +57,11 @@ fn what_is_dialled_by_a_line_is_not_led_back_to_us() {
         site.server.redirect("--apply", Some(&another))?;
         let told = "HTTP/1.1 403 a dial of this server by a line was led back here";
         is_told(&cloud, "10.1.0.1:10250", told)?;
+        log.wait_for_line("what is dialled by it comes back to this server", SOON)?;
+        ensure!(
+            dialled(&cloud, "10.1.0.1:10250", NAME)? == "edge1\n",
+            "by the tunnel"
+        );
         site.server.redirect("--remove", None)?;
         Ok(())
     });

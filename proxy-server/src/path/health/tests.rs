@@ -51,6 +51,26 @@ fn a_node_falls_after_two_bad_ones_in_a_row_and_returns_after_half_a_minute_of_g
 }
 
 #[test]
+fn a_node_falls_that_is_lost_three_times_within_a_minute_though_it_is_there_between() {
+    let start = Instant::now();
+    for (last, falls) in [(59, true), (62, false)] {
+        let mut health = health(start, &nodes(1));
+        for (second, evidence) in [
+            (0, GOOD),
+            (1, Evidence::Bad),
+            (2, GOOD),
+            (30, Evidence::Bad),
+            (31, GOOD),
+        ] {
+            let switches = health.heard(start + secs(second), "l", "n0", evidence);
+            assert_eq!(switches, [], "{second}");
+        }
+        health.heard(start + secs(last), "l", "n0", Evidence::Bad);
+        assert_eq!(health.is_down("l", "n0").is_some(), falls, "{last}");
+    }
+}
+
+#[test]
 fn what_does_not_last_is_waited_for_twice_as_long() {
     let start = Instant::now();
     let mut health = health(start, &nodes(1));
@@ -78,67 +98,102 @@ fn what_does_not_last_is_waited_for_twice_as_long() {
     assert_eq!(health.is_down("l", "n0"), None);
 }
 
-/// As it is probed, with its pauses, for ten minutes.
-fn switches_of_a_line_that_bounces(period: Duration, offset: Duration) -> usize {
-    let start = Instant::now();
-    let mut health = health(start, &nodes(1));
-    let (mut passed, mut switches) = (Duration::ZERO, 0);
-    while passed < secs(600) {
-        let phase = (passed + offset).as_millis() / period.as_millis();
-        let evidence = if phase.is_multiple_of(2) {
-            GOOD
-        } else {
-            Evidence::Bad
-        };
-        switches += health.heard(start + passed, "l", "n0", evidence).len();
-        passed += health.pause("l", "n0");
-    }
-    switches
+/// A line that is there for three seconds and away for as long.
+#[derive(Debug, Clone, Copy)]
+struct Bouncing {
+    offset: Duration,
 }
 
-#[test]
-fn a_line_that_bounces_each_three_seconds_is_switched_at_most_once_a_minute() {
-    for offset in 0..60 {
-        let offset = Duration::from_millis(offset * 100);
-        let switches = switches_of_a_line_that_bounces(secs(3), offset);
-        assert!((1..=10).contains(&switches), "{switches} at {offset:?}");
+impl Bouncing {
+    fn is_cut(self, at: Duration) -> bool {
+        !((at + self.offset).as_millis() / 3000).is_multiple_of(2)
     }
-}
 
-#[test]
-fn each_node_of_a_line_that_bounces_is_led_another_way_at_most_once_a_minute() {
-    let start = Instant::now();
-    let names = nodes(5);
-    for offset in 0..30_u32 {
-        let mut health = health(start, &names);
-        let mut random = f64::from(offset) / 30.0;
-        // As they are probed: each after its pause, a fifth more or less.
-        let mut due: Vec<_> = (0..5).map(|i| Duration::from_millis(i * 900)).collect();
+    /// What a dial finds that begins then, and when: its SYN is sent again after a second, and after two more.
+    fn probed(self, at: Duration) -> (Evidence, Duration) {
+        let timeout = PathSettings::default().probes.timeout;
+        let sent = [0, 1, 3].map(secs).into_iter();
+        let mut in_time = sent.filter(|again| *again < timeout);
+        match in_time.find(|again| !self.is_cut(at + *again)) {
+            Some(again) => (Evidence::Good(again), at + again + Duration::from_millis(2)),
+            None => (Evidence::Bad, at + timeout),
+        }
+    }
+
+    /// When the first request from then on has done without the line.
+    fn lost(self, from: Duration) -> Duration {
+        let mut at = from;
+        while !self.is_cut(at) {
+            at += Duration::from_millis(10);
+        }
+        at + PathSettings::default().race_after
+    }
+
+    /// When requests to each of these nodes are led another way, in ten minutes of probes as they are by default.
+    fn changes(self, names: &[String], is_asked: bool) -> Vec<Vec<Duration>> {
+        let start = Instant::now();
+        let mut health = health(start, names);
+        let mut random = self.offset.as_secs_f64().fract();
+        let mut looks: Vec<(Duration, Option<Evidence>)> = (0..)
+            .map(|i| (Duration::from_millis(i * 900), None))
+            .take(names.len())
+            .collect();
         let mut changes = vec![Vec::new(); names.len()];
         let mut is_down = vec![false; names.len()];
-        while let Some((i, now)) = due.iter().copied().enumerate().min_by_key(|(_, at)| *at)
-            && now < secs(600)
-        {
-            let bounce = (now.as_millis() + u128::from(offset) * 100) / 3000;
-            let evidence = if bounce.is_multiple_of(2) {
-                GOOD
+        let next = |looks: &[(Duration, _)]| {
+            let all = looks.iter().map(|look| look.0).enumerate();
+            all.min_by_key(|(_, at)| *at)
+                .filter(|(_, at)| *at < secs(600))
+        };
+        while let Some((i, now)) = next(&looks) {
+            if let Some(evidence) = looks[i].1.take() {
+                let is_first = evidence == Evidence::Bad && health.is_well("l", &names[i]);
+                health.heard(start + now, "l", &names[i], evidence);
+                random = (random + 0.618).fract();
+                looks[i].0 = now + health.pause("l", &names[i]).mul_f64(0.8 + 0.4 * random);
+                for (node, name) in names.iter().enumerate() {
+                    let down = health.is_down("l", name).is_some();
+                    if std::mem::replace(&mut is_down[node], down) != down {
+                        changes[node].push(now);
+                    }
+                }
+                if is_first {
+                    let others = looks.iter_mut().filter(|look| look.1.is_none());
+                    others.for_each(|look| look.0 = look.0.min(now));
+                }
             } else {
-                Evidence::Bad
-            };
-            health.heard(start + now, "l", &names[i], evidence);
-            random = (random + 0.618).fract();
-            due[i] = now + health.pause("l", &names[i]).mul_f64(0.8 + 0.4 * random);
-            for (node, name) in names.iter().enumerate() {
-                let down = health.is_down("l", name).is_some();
-                if std::mem::replace(&mut is_down[node], down) != down {
-                    changes[node].push(now);
+                let (evidence, at) = self.probed(now);
+                looks[i] = (at, Some(evidence));
+            }
+            for (look, is_down) in looks.iter_mut().zip(&is_down) {
+                if is_asked && look.1.is_none() && !is_down {
+                    look.0 = look.0.min(self.lost(now));
                 }
             }
         }
-        for (node, at) in changes.iter().enumerate() {
-            assert!(!at.is_empty(), "node {node} is never led another way");
-            let soon = at.windows(2).skip(1).any(|two| two[1] - two[0] < secs(60));
-            assert!(!soon && at.len() <= 10, "{offset}: node {node} at {at:?}");
+        changes
+    }
+}
+
+#[test]
+fn a_line_that_bounces_is_left_within_a_minute_by_who_asks_and_at_most_once_a_minute() {
+    for count in [1, 2, 5] {
+        let names = nodes(count);
+        for offset in 0..60_u64 {
+            let line = Bouncing {
+                offset: Duration::from_millis(offset * 100),
+            };
+            for (node, at) in line.changes(&names, true).iter().enumerate() {
+                assert!(at[0] < secs(60), "{line:?}: node {node} at {at:?}");
+                let soon = at.windows(2).skip(1).any(|two| two[1] - two[0] < secs(60));
+                assert!(!soon && at.len() <= 10, "{line:?}: node {node} at {at:?}");
+            }
+            for (node, at) in line.changes(&names, false).iter().enumerate() {
+                assert!(
+                    at.len() <= 10,
+                    "{line:?}: node {node} at {at:?}, and nobody asks"
+                );
+            }
         }
     }
 }
