@@ -1,0 +1,3 @@
+//! The crate as its users have it: what certificates do in real handshakes.
+
+mod enrolment;
