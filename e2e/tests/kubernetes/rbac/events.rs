@@ -5,6 +5,7 @@ use e2e::cluster::{BY_LINE, Cluster, until};
 use serde_json::{Value, json};
 
 use super::{DEADLINE, forbidden, told_soon};
+use crate::events::on_node;
 
 /// edge1 is to be reached by a line and nothing else, or as before: its path changes. It shares its address, so no line
 /// may be taken to it.
@@ -34,19 +35,9 @@ fn changes_its_path(cluster: &Cluster, times: usize) -> Result<()> {
     })
 }
 
-/// The Events that a proxy-server has told of edge1.
+/// The Events that tell that edge1 is led another way.
 fn events(cluster: &Cluster) -> Result<Vec<Value>> {
-    let get = ["get", "events.events.k8s.io", "-n", "default", "-o", "json"];
-    let all: Value = serde_json::from_slice(&cluster.kubectl().ok(&get)?)?;
-    let all = all.pointer("/items").and_then(Value::as_array);
-    let is_ours = |event: &&Value| {
-        let said = |pointer| event.pointer(pointer).and_then(Value::as_str);
-        said("/reportingController") == Some("corvid.io/proxy-server")
-            && said("/regarding/name") == Some("edge1")
-            && said("/reason") == Some("PathChanged")
-    };
-    let all = all.context("no list of Events")?;
-    Ok(all.iter().filter(is_ours).cloned().collect())
+    on_node(cluster, "edge1", "PathChanged")
 }
 
 pub(super) fn no_event_is_made(cluster: &mut Cluster) -> Result<String> {
