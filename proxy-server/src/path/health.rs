@@ -304,11 +304,13 @@ impl Health {
     /// How long until that node should be looked at again: sooner where a verdict is under way.
     pub(crate) fn pause(&self, line: &str, node: &str) -> Duration {
         let interval = self.rules.probes.interval;
-        let known = self.lines.get(line).and_then(|it| it.nodes.get(node));
+        let of_line = self.lines.get(line);
+        let known = of_line.and_then(|it| it.nodes.get(node));
+        let is_up = |node: &Node| node.gate.is_up && of_line.is_none_or(|it| it.gate.is_up);
         match known {
             Some(node) if node.gate.is_up && node.bad > 0 => interval.min(Duration::from_secs(1)),
             // A line that bounces must not be seen in its good moments only.
-            Some(node) if !node.gate.is_up && node.good > 0 => interval.min(self.rules.stable / 30),
+            Some(node) if !is_up(node) && node.good > 0 => interval.min(self.rules.stable / 30),
             Some(_) | None => interval,
         }
     }
