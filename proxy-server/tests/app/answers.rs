@@ -9,7 +9,7 @@ use crate::api::Api;
 use crate::cluster::start;
 use crate::intercept::kubelet;
 use crate::line::{LINE, kubelet_at, route, until_at_least};
-use crate::stack::{DEADLINE, Stack, within};
+use crate::stack::{DEADLINE, Stack};
 
 const PROBES: &str = "path: {stable: 1s, probes: {interval: 200ms, timeout: 150ms, tls: true}}\n";
 
@@ -28,9 +28,8 @@ fn probes(result: &str) -> String {
     format!("corvid_line_probes_total{{line=\"express\",result=\"{result}\"}}")
 }
 
-async fn nodes(stack: &Stack, state: &str) -> f64 {
-    let name = format!("corvid_line_nodes{{line=\"express\",state=\"{state}\"}}");
-    stack.metric(&name).await
+fn nodes(state: &str) -> String {
+    format!("corvid_line_nodes{{line=\"express\",state=\"{state}\"}}")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -40,7 +39,7 @@ async fn whoever_answers_a_probe_in_tls_is_up_whoever_it_is() {
     let mut tasks = JoinSet::new();
     kubelet(&mut tasks, listener, &TestCa::new(), "of-nobody-we-know");
     until_at_least(&stack, &probes("ok"), 5.0).await;
-    assert!(nodes(&stack, "up").await >= 1.0);
+    until_at_least(&stack, &nodes("up"), 1.0).await;
     stack.stop().await;
 }
 
@@ -60,7 +59,7 @@ async fn whoever_answers_a_probe_in_other_words_than_tls_is_up() {
         }
     });
     until_at_least(&stack, &probes("ok"), 5.0).await;
-    assert!(nodes(&stack, "up").await >= 1.0);
+    until_at_least(&stack, &nodes("up"), 1.0).await;
     stack.stop().await;
 }
 
@@ -78,7 +77,7 @@ async fn whoever_takes_a_probe_and_does_not_answer_is_down() {
         }
     });
     let is_down = async {
-        while nodes(&stack, "down").await < 1.0 {
+        while stack.metric(&nodes("down")).await < 1.0 {
             stack.connect(&to).await.ok();
         }
     };
@@ -94,11 +93,6 @@ async fn whoever_takes_a_probe_and_hangs_up_is_down() {
     let mut tasks = JoinSet::new();
     tasks.spawn(async move { while listener.accept().await.is_ok() {} });
     until_at_least(&stack, &probes("dial_failed"), 2.0).await;
-    within(async {
-        while nodes(&stack, "down").await < 1.0 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    until_at_least(&stack, &nodes("down"), 1.0).await;
     stack.stop().await;
 }

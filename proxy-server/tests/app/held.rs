@@ -9,7 +9,6 @@ use proto::{FrameReader, Reason};
 use crate::agents::offer;
 use crate::api::Api;
 use crate::cluster::start;
-use crate::fleet::Line;
 use crate::line::{LINE, kubelet_at, route, sites, switched, until_at_least, until_word, who};
 use crate::stack::{Stack, allow, bare_session};
 
@@ -17,7 +16,7 @@ use crate::stack::{Stack, allow, bare_session};
 const HELD: &str = "path: {stable: 1h, probes: {interval: 200ms, timeout: 150ms}}\n";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_line_that_is_held_to_be_down_is_taken_where_the_session_is_silent() {
+async fn a_line_that_is_held_to_be_down_is_taken_where_the_tunnel_does_not_answer() {
     let api = Api::start().await;
     let (_agents, [mut site]) = sites(["127.0.0.9"]);
     let port = site.port();
@@ -28,8 +27,7 @@ async fn a_line_that_is_held_to_be_down_is_taken_where_the_session_is_silent() {
         route("edge1", "127.0.0.9")
     );
     let mut stack = start(&api, &more);
-    let internet = Line::lay(stack.backend).await;
-    stack.agent_of("edge1", &[internet.address], &allow(&[port]));
+    stack.agent("edge1", &allow(&[port]));
     stack.sessions("edge1", 1).await;
     until_at_least(&stack, "corvid_line_probes_total", 1.0).await;
     site.fall_silent().await;
@@ -37,7 +35,11 @@ async fn a_line_that_is_held_to_be_down_is_taken_where_the_session_is_silent() {
     site.come_back().await;
     // As long as the tunnel does, it is left alone.
     assert_eq!(who(&stack, &to).await, "tunnel");
-    internet.cut();
+    // The newest session is there, and nobody answers in it.
+    let own = stack.enrolled("edge1").await;
+    let session = bare_session(&stack, &own).await.unwrap();
+    let (_control, _) = Control::dial(session, &offer("edge1")).await.unwrap();
+    stack.sessions("edge1", 2).await;
     assert_eq!(who(&stack, &to).await, "line 127.0.0.9");
     stack.shutdown.cancel();
 }

@@ -220,7 +220,8 @@ async fn a_line_that_was_silent_is_left_for_another_servers_session_until_it_is_
     a.sessions("edge1", 1).await;
     announced(&a, "edge1", 1).await;
     let said = async || within(a.connect("edge1:1")).await.unwrap_err();
-    assert!(said().await.contains("over the line"));
+    let line = said().await;
+    assert!(line.contains("over the line"), "{line}");
     // A request has found it silent, and it answers again.
     let session = over(&a, EXPRESS);
     session.doubt.raise(Instant::now());

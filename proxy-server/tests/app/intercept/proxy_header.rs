@@ -27,7 +27,7 @@ fn v2(command: u8, source: &str, destination: &str) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dial_by_a_line_that_was_led_back_is_refused_and_others_from_its_port_are_not() {
+async fn a_dial_by_a_line_that_was_led_back_is_refused_and_the_line_is_left_alone() {
     let node = TcpListener::bind("127.0.0.9:0").await.unwrap();
     let at = node.local_addr().unwrap();
     let beside = TcpListener::bind("127.0.0.10:0").await.unwrap();
@@ -45,13 +45,20 @@ async fn a_dial_by_a_line_that_was_led_back_is_refused_and_others_from_its_port_
         stream.write_all(b"\0opaque").await.unwrap();
         stream
     };
-    assert!(is_reset(rest(&mut led(at).await).await));
-    refused(&stack, "forbidden_destination", 1.0).await;
     let _asks = led(other).await;
     let (mut served, _) = within(beside.accept()).await.unwrap();
     let mut said = [0; 7];
     within(served.read_exact(&mut said)).await.unwrap();
     assert_eq!(&said, b"\0opaque");
+    assert!(is_reset(rest(&mut led(at).await).await));
+    refused(&stack, "forbidden_destination", 1.0).await;
+    // From now on the line is left alone, though it would connect.
+    for to in [at, other] {
+        let node = if to == at { "edge1" } else { "edge2" };
+        let by_tunnel = within(stack.connect(&format!("{node}:{}", to.port()))).await;
+        let refused = by_tunnel.unwrap_err();
+        assert!(refused.contains("no session"), "{refused}");
+    }
     drop(by_line);
     stack.stop().await;
 }
