@@ -422,7 +422,7 @@ async fn a_line_that_has_no_name_for_one_is_refused_and_leaves_the_others() {
 
 /// What the server's GoAway says.
 async fn refusal(recv: proto::transport::quic::QuicRecv) -> Reason {
-    let mut reader = proto::FrameReader::new(recv);
+    let mut reader = FrameReader::new(recv);
     let frame: pb::ControlFrame = proto::read_frame_within(&mut reader, DEADLINE)
         .await
         .unwrap();
