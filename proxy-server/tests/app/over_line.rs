@@ -4,10 +4,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use proto::control::{Control, Liveness};
 use proto::transport::keepalive::Keepalive;
 use proto::transport::quic::QuicSession;
-use proto::transport::{SendHalf, Session};
+use proto::transport::{RecvHalf, SendHalf, Session};
 use proto::wire::{Offer, StreamReply, encode, pb};
 use proto::{FrameReader, Reason};
 use proxy_server::registry::{LiveSession, Rank};
@@ -205,6 +206,9 @@ async fn denies(
             let denied = encode(&pb::StreamReply::from(&denied));
             send.write_chunk(denied).await.ok();
             send.finish().ok();
+            // Dropped unread it would be reset before that is read.
+            let (mut recv, _) = reader.into_parts();
+            while let Ok(Some(_)) = recv.read_chunks(&mut [Bytes::new()]).await {}
         }
     });
 }
