@@ -169,8 +169,7 @@ impl Paths {
                 self.suspect(key);
             }
             Some(Evidence::Bad) => self.suspect(key),
-            // What answers connections may still lose large packets.
-            Some(good) if is_same && !self.settings.probes.tls => {
+            Some(good) if is_same => {
                 self.heard(&key, good);
             }
             Some(_) | None => {}
