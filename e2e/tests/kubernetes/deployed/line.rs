@@ -11,7 +11,7 @@ use crate::logs::Followed;
 use crate::{events, exec, logs, matrix, metrics};
 
 /// Shorter than what is shipped: a run has minutes.
-const SHORT: &str = "{silence: 10s, stable: 5s, probes: {interval: 2s}}";
+const SHORT: &str = "{silence: 10s, stable: 5s, probes: {interval: 2s, tls: true}}";
 /// What runs over a line that went silent is reset after `silence`, and a second at most.
 const RESET: Duration = Duration::from_secs(40);
 /// For a new request after the line was cut, beside everything else that runs; the figure is told.
