@@ -176,9 +176,9 @@ fn small(lab: &Lab) -> Result<Small> {
         |config| {
             config["kubernetes"] =
                 json!({"kubeconfig": kubeconfig, "dns": {"addresses": ["10.96.0.7"]}});
-            config["lines"] = json!([{"name": "express", "networks": ["198.51.100.0/24"]}]);
+            config["lines"] = json!([{"name": "express", "networks": ["192.0.2.0/24"]}]);
             config["path"] = json!({"probes": {"interval": "1s", "timeout": "1s"}});
-            config["routes"] = json!([{"node": "gone", "addresses": ["198.51.100.9"]}]);
+            config["routes"] = json!([{"node": "gone", "addresses": ["192.0.2.9"]}]);
         },
         |_| {},
     )
