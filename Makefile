@@ -19,7 +19,7 @@ IMAGES := PROFILE=quick
 QUICK := --quiet --profile quick --target $(TRIPLE)
 
 demo: ## both daemons, a stand-in kubelet, a request and a scrape on this machine; Ctrl-C ends it
-	@cargo run --quiet --profile quick -p e2e --bin demo -- $(DEMO_ARGS)
+	@cargo run --profile quick -p e2e --bin demo -- $(DEMO_ARGS)
 
 test: tools check bins ## everything; as root it installs what is missing
 	@if [ -n "$(ROOT)" ]; then $(IMAGES) ARCH="amd64 arm64" deploy/images/build.sh; $(CARGO_TEST); exit; fi
