@@ -146,18 +146,9 @@ impl Seeker {
         if terms.own.credential.not_after().as_secs() <= terms.own.clock.now().as_secs() {
             return None;
         }
-        let wanted = self.shared.candidates.refresh().await.into_iter();
-        let (over_lines, others): (Vec<_>, Vec<_>) =
-            wanted.partition(|candidate: &Candidate| candidate.line.is_some());
-        // Behind the address of a line there is mostly one server, and that has a session: it is tried each third time,
-        // and where there is nothing else.
+        let wanted: Vec<Candidate> = self.shared.candidates.refresh().await.into_iter().collect();
+        // One after the other: behind that of a line there is mostly one server, and that has a session.
         self.turn = self.turn.wrapping_add(1);
-        let is_turn_of_lines = self.turn.is_multiple_of(3) && !over_lines.is_empty();
-        let wanted = if others.is_empty() || is_turn_of_lines {
-            over_lines
-        } else {
-            others
-        };
         let way = wanted.get(self.turn.checked_rem(wanted.len())?)?;
         let held = |server: &ServerName| {
             let standings = terms.registry.standings();
